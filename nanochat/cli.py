@@ -1,0 +1,131 @@
+"""`nanochat <command> [--flags]`: one table of commands, and what happens to their errors.
+
+A command is a frozen dataclass, whose fields and their docstrings become the flags and their help, and a function that
+takes it. Modules are imported only when their command is chosen, so that `nanochat --help` answers at once and a broken
+optional dependency hurts nobody else.
+
+Exit codes: 0 done, 1 the run failed, 2 the call was wrong, 130 interrupted. What a user can mend is printed as one
+message; everything else is a bug and keeps its traceback.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from nanochat import __version__
+from nanochat.errors import NanochatError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `module` holds the class `config` and the `function` that takes it and returns an exit code."""
+
+    name: str
+    stage: str
+    help: str
+    module: str
+    config: str
+    function: str = "run"
+
+    def load(self) -> tuple[type, Callable[[Any], int | None]]:
+        """The config class and the function, imported now."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.config), getattr(module, self.function)
+
+
+# In the order of the pipeline; the commands of one stage stand together.
+COMMANDS: dict[str, Command] = {
+    command.name: command
+    for command in (
+        Command("doctor", "Machine", "what this machine offers, what is missing and how to get it",
+                "nanochat.doctor", "DoctorConfig"),
+    )
+}  # fmt: skip
+
+
+def _rank() -> int:
+    """This process's rank under torchrun, read here too because torch is not imported yet when a call goes wrong."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _print_error(message: str) -> None:
+    """In red on a terminal. Under torchrun the other ranks say one line, so that rank 0's message is not buried."""
+    rank = _rank()
+    if rank > 0:
+        message = f"(rank {rank}) {message.splitlines()[0] if message else ''}"
+    label = "\033[1;31merror:\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
+    print(f"{label} {message}", file=sys.stderr)
+
+
+def help_text() -> str:
+    """The list of commands, grouped by stage of the pipeline."""
+    width = max(map(len, COMMANDS))
+    lines = ["usage: nanochat <command> [--flags]        nanochat <command> --help lists the flags", ""]
+    for stage, commands in groupby(COMMANDS.values(), key=lambda command: command.stage):
+        lines += [f"{stage}:", *(f"  {command.name:<{width}}  {command.help}" for command in commands), ""]
+    lines += [
+        "Without a command: what exists so far, and what to do next.",
+        "On several GPUs: torchrun --nproc_per_node=8 -m nanochat <command> [--flags]",
+    ]
+    return "\n".join(lines)
+
+
+def _is_kernel_unavailable(error: BaseException) -> bool:
+    """A backend asked for by name that cannot run is a wrong call; nanochat_kernels knows nothing of UsageError."""
+    kernels = sys.modules.get("nanochat_kernels")
+    return kernels is not None and isinstance(error, getattr(kernels, "KernelUnavailable", ()))
+
+
+def run_command(command: Command, arguments: Sequence[str]) -> int:
+    """Parses `arguments` (SystemExit 2 with a message when they are wrong), runs the command, returns the exit code."""
+    import tyro
+
+    try:
+        config_class, function = command.load()
+        # help and refusals are rank 0's affair, as all of them see the same arguments
+        config = tyro.cli(
+            config_class, prog=f"nanochat {command.name}", args=list(arguments), console_outputs=_rank() == 0
+        )
+        return function(config) or 0
+    except NanochatError as error:
+        _print_error(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _print_error("interrupted")
+        return 130
+    except BrokenPipeError:  # `nanochat ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not _is_kernel_unavailable(error):
+            raise
+        _print_error(str(error))
+        return 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The entry point; returns the exit code."""
+    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
+    if not name:
+        from nanochat import status
+
+        status.show()
+        return 0
+    if name in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if name in ("-V", "--version", "version"):
+        print(f"nanochat {__version__}")
+        return 0
+    command = COMMANDS.get(name)
+    if command is None:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        _print_error(f"unknown command {name!r}; {hint}nanochat --help lists them: {', '.join(COMMANDS)}")
+        return 2
+    return run_command(command, rest)
