@@ -1,8 +1,8 @@
 """The shape of a model. One dial, depth, sets all of it (`GPTConfig.from_depth`); every field can also be set alone.
 
 Two architectures exist. "2026" is today's: value embeddings, smear, backout, per-layer scalars, sliding windows.
-"2025-10" is the one that nanochat began with, a plain transformer with rotary embeddings and QK norm; it is kept so that
-checkpoints of that time load, and because Hugging Face transformers knows it by the name NanoChat.
+"2025-10" is the one that nanochat began with, a plain transformer with rotary embeddings and QK norm; it is kept so
+that checkpoints of that time load, and because Hugging Face transformers knows it by the name NanoChat.
 """
 
 from dataclasses import asdict, dataclass, fields
