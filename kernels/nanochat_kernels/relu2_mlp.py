@@ -1,0 +1,57 @@
+"""The MLP of a block: h = x·W_fcᵀ, a = relu(h)², y = a·W_projᵀ, without biases.
+
+    da = dy·W_proj        dh = 2·relu(h)·da        dx = dh·W_fc        dW_proj = dyᵀ·a        dW_fc = dhᵀ·x
+
+Only relu(h) need be kept for the backward pass: its square gives a, and its sign the mask. Compute-bound; the point of a
+fused kernel is that the square costs no pass over memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat_kernels.numerics import normal
+from nanochat_kernels.registry import Case, Cost, Op
+
+
+def relu2_mlp_reference(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
+    """(..., C) in x's dtype from x (..., C), w_fc (hidden, C), w_proj (C, hidden) in any float dtype."""
+    hidden = F.relu(F.linear(x, w_fc.to(x.dtype))).square()
+    return F.linear(hidden, w_proj.to(x.dtype))
+
+
+def _cases() -> Iterator[Case]:
+    def make(rows, c, hidden, weight_dtype=None):
+        def build(device, dtype, generator):
+            x = normal((*rows, c), device, dtype, generator)
+            w_fc = normal((hidden, c), device, weight_dtype or dtype, generator, c**-0.5)
+            return (x, w_fc, normal((c, hidden), device, weight_dtype or dtype, generator, hidden**-0.5)), {}
+
+        return build
+
+    import torch
+
+    yield Case("small", make((2, 8), 64, 256))
+    yield Case("float32 weights", make((2, 8), 64, 256, torch.float32))
+    yield Case("prime", make((3, 7), 37, 101), size="odd")
+    yield Case("one", make((1,), 1, 4), size="odd")
+    yield Case("d12", make((8, 2048), 768, 3072), size="model")
+
+
+def _cost(args: tuple, kwargs: dict) -> Cost:
+    x, w_fc, w_proj = args
+    rows = x.numel() // x.size(-1)
+    moved = 2 * x.numel() + rows * w_fc.size(0) * 2 + w_fc.numel() + w_proj.numel()
+    return Cost(moved * x.element_size(), 4 * rows * w_fc.numel())
+
+
+relu2_mlp = Op(
+    "relu2_mlp",
+    torch=relu2_mlp_reference,
+    cases=_cases,
+    cost=_cost,
+    differentiable=("x", "w_fc", "w_proj"),
+)
