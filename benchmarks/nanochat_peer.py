@@ -1,10 +1,10 @@
 """Runs karpathy/nanochat's own code, so that ours can be compared with it. Written for its commit 92d63d4.
 
-A checkout of it is also called `nanochat` and fixes its dtype at import, so this file is never imported by ours: it is started
-as a script in a process of its own, with the checkout first on the path.
+A checkout of it is also called `nanochat` and fixes its dtype at import, so this file is never imported by ours: it is
+started as a script in a process of its own, with the checkout first on the path.
 
     python benchmarks/nanochat_peer.py golden OUT.npz --peer PATH        the golden values of tests/model
-    python benchmarks/nanochat_peer.py parity OUT_FOLDER --peer PATH …   initial weights, batches, losses, validation bpb
+    python benchmarks/nanochat_peer.py parity OUT_FOLDER --peer PATH …   weights, batches, losses, validation bpb
     python benchmarks/nanochat_peer.py speed --peer PATH …               seconds per training step, one JSON line
 
 It needs what the checkout itself needs (rustbpe, tiktoken).
@@ -20,7 +20,15 @@ from pathlib import Path
 
 import numpy as np
 
-GOLDEN_MODEL = dict(sequence_len=160, vocab_size=61, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, window_pattern="SSSL")
+GOLDEN_MODEL = {
+    "sequence_len": 160,
+    "vocab_size": 61,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "n_embd": 32,
+    "window_pattern": "SSSL",
+}
 GOLDEN_STEPS, GOLDEN_HORIZON, GOLDEN_DECAY = 3, 20, 0.28
 
 
@@ -64,7 +72,7 @@ def make_optimizer(model, batch_tokens, decay):
 
 
 def golden_weights(model, kind):
-    """Fills the model from numpy's frozen generator: "random" everywhere, or "real", which is shaped like its initialisation."""
+    """Fills the model from numpy's frozen generator: "random" everywhere, or "real", shaped like its initialisation."""
     import torch
 
     width = model.config.n_embd
@@ -157,7 +165,7 @@ def build(args):
 
 
 def parity(args):
-    """Trains with the checkout's model, loader, optimizer and evaluation; writes all that is needed to do the same again."""
+    """Trains with the model, loader, optimizer and evaluation of the checkout; writes all that it takes to repeat it."""
     import torch
     from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as loader
     from nanochat.loss_eval import evaluate_bpb

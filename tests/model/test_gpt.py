@@ -1,4 +1,4 @@
-"""The model against golden values of karpathy/nanochat (benchmarks/nanochat_peer.py golden), and what its shape promises."""
+"""The model against golden values of karpathy/nanochat (benchmarks/nanochat_peer.py golden), and its promises."""
 
 from pathlib import Path
 
