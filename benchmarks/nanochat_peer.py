@@ -165,7 +165,7 @@ def build(args):
 
 
 def parity(args):
-    """Trains with the model, loader, optimizer and evaluation of the checkout; writes all that it takes to repeat it."""
+    """Trains with the checkout's model, loader, optimizer and evaluation; writes all it takes to repeat it."""
     import torch
     from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as loader
     from nanochat.loss_eval import evaluate_bpb

@@ -1,4 +1,4 @@
-"""Three optimizer steps against karpathy/nanochat's: every parameter's movement, from random and from real initialisation."""
+"""Three optimizer steps against karpathy/nanochat's: how every parameter moves, from random and from real weights."""
 
 import numpy as np
 import pytest
@@ -13,8 +13,8 @@ from tests.model.test_gpt import GOLDEN, golden_batch, golden_model, golden_tens
 
 HORIZON, DECAY = 20, 0.28  # as in benchmarks/nanochat_peer.py
 
-# At initialisation all blocks are silent and the stream is a multiple of x0, which the last norm undoes: the gradients of
-# these are zero but for rounding (1e-10), and AdamW makes full steps of rounding noise.
+# At initialisation all blocks are silent and the stream is a multiple of x0, which the last norm undoes: the
+# gradients of these are zero but for rounding (1e-10), and AdamW makes full steps of rounding noise.
 NOISE_AT_INIT = {"resid_scale", "x0_scale", "backout_scale"}
 
 
