@@ -23,7 +23,7 @@ from nanochat.errors import NanochatError
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `module` holds the class `config` and the `function` that takes it and returns an exit code."""
+    """One command: `module` holds the class `config` and the `function` that takes it."""
 
     name: str
     stage: str
@@ -32,7 +32,7 @@ class Command:
     config: str
     function: str = "run"
 
-    def load(self) -> tuple[type, Callable[[Any], int | None]]:
+    def load(self) -> tuple[type, Callable[[Any], Any]]:
         """The config class and the function, imported now."""
         module = importlib.import_module(self.module)
         return getattr(module, self.config), getattr(module, self.function)
@@ -42,6 +42,10 @@ class Command:
 COMMANDS: dict[str, Command] = {
     command.name: command
     for command in (
+        Command("data", "Data", "download, convert or generate the text to train on",
+                "nanochat.data.command", "DataConfig"),
+        Command("verify", "Kernels", "check every backend of every kernel against its reference",
+                "nanochat_kernels.verify", "VerifyConfig", "main"),
         Command("doctor", "Machine", "what this machine offers, what is missing and how to get it",
                 "nanochat.doctor", "DoctorConfig"),
     )
@@ -91,7 +95,8 @@ def run_command(command: Command, arguments: Sequence[str]) -> int:
         config = tyro.cli(
             config_class, prog=f"nanochat {command.name}", args=list(arguments), console_outputs=_rank() == 0
         )
-        return function(config) or 0
+        code = function(config)  # a function may return what it made, for callers in Python
+        return code if isinstance(code, int) else 0
     except NanochatError as error:
         _print_error(str(error))
         return error.exit_code
@@ -114,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not name:
         from nanochat import status
 
-        status.show()
+        status.show(COMMANDS)
         return 0
     if name in ("-h", "--help", "help"):
         print(help_text())

@@ -172,7 +172,7 @@ def check_compilers() -> Iterator[Finding]:
 def check_built() -> Iterator[Finding]:
     tokenizer = _version("nanochat-rustbpe")
     remedy = "" if tokenizer else "bash runs/setup.sh (or: pip install ./rustbpe)"
-    yield Finding("built", "tokenizer", tokenizer or "not built", "ok" if tokenizer else "missing", remedy)
+    yield Finding("built", "rustbpe", tokenizer or "not built", "ok" if tokenizer else "missing", remedy)
     spec = importlib.util.find_spec("nanochat_kernels")
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
     libraries = sorted(path.name for folder in folders for path in Path(folder).glob("*.so"))
