@@ -70,6 +70,7 @@ class Rope:
 
     def __init__(self, config: GPTConfig, dtype: torch.dtype) -> None:
         self.dims, self.base, self.dtype = config.head_dim, config.rope_base, dtype
+        self.rounding = torch.bfloat16 if config.bf16_rotary else dtype
         self.step = config.seq_len
         self.tables: tuple[Tensor, Tensor] | None = None
 
@@ -79,7 +80,8 @@ class Rope:
             rows = -(-positions // self.step) * self.step
             exponents = torch.arange(0, self.dims, 2, dtype=torch.float32, device=device) / self.dims
             angles = torch.outer(torch.arange(rows, dtype=torch.float32, device=device), 1.0 / self.base**exponents)
-            self.tables = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+            cos, sin = (table.to(self.rounding).to(self.dtype) for table in (angles.cos(), angles.sin()))
+            self.tables = cos, sin
         return self.tables
 
 
