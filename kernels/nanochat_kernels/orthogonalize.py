@@ -83,5 +83,6 @@ orthogonalize = Op(
     auto=(("blas", lambda place: place.device.type == "cpu", "sums folded into the matrix products"),),
     cases=_cases,
     cost=_cost,
-    tolerance=Tolerance(factor=2.0, float32=2e-5, bfloat16=3e-2, float16=4e-3),
+    # Five polynomial steps amplify a rounding up to eightfold each: in bf16 the reference itself is off by 0.1 to 0.3.
+    tolerance=Tolerance(float32=2e-5, bfloat16=0.15, float16=2e-2),
 )
