@@ -119,9 +119,10 @@ def _parse_message(message: Any, index: int) -> Message:
     where = f"message {index}"
     if not isinstance(message, Mapping):
         raise UsageError(f'{where} must be an object like {{"role": "user", "content": "..."}}, not {_show(message)}')
-    role, content = message.get("role"), message.get("content")
-    if role not in get_args(Role):
-        raise UsageError(f"{where} has role {_show(role)}; use {', '.join(get_args(Role))}")
+    content = message.get("content")
+    role: Role | None = next((role for role in get_args(Role) if role == message.get("role")), None)
+    if role is None:
+        raise UsageError(f"{where} has role {_show(message.get('role'))}; use {', '.join(get_args(Role))}")
     if isinstance(content, str):
         return Message(role, (Part("text", content),))
     if not isinstance(content, Sequence) or isinstance(content, bytes):

@@ -3,8 +3,8 @@
 The work is done by the Rust crate in rustbpe/ (imported as nanochat_rustbpe); this module adds what a pipeline needs
 around it: the special tokens, a folder to keep it in, clear errors. Ids equal those of tiktoken given the same ranks.
 
-On disk a tokenizer is text. `settings.json` names the split pattern, the special tokens and the file of ranks, which has
-tiktoken's format (base64 of a token's bytes, a space, its id). The settings are written last and name the ranks by
+On disk a tokenizer is text. `settings.json` names the split pattern, the special tokens and the file of ranks, which
+has tiktoken's format (base64 of a token's bytes, a space, its id). The settings are written last and name the ranks by
 their fingerprint, so that a crash at any moment leaves the old tokenizer or the new one, never a mixture.
 """
 
@@ -207,6 +207,40 @@ class Tokenizer:
         """16 hex digits of a hash of everything that decides ids; checkpoints remember it."""
         return _fingerprint(_ranks_text(self.ranks()), self._settings())
 
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The content of a Hugging Face tokenizer.json that gives the same ids (a dict, for json.dump).
+
+        Unlike ours, that library turns the name of a special token in a text into the token.
+        """
+        shown = {rank: "".join(map(_byte_symbols().__getitem__, token)) for token, rank in self.ranks().items()}
+        merges = [[shown[left], shown[right]] for left, right in self._encoding.merges()]
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": rank, "content": name, **flags} for name, rank in self.specials.items()],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "post_processor": None,
+            "decoder": {**byte_level, "use_regex": True},
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": False,
+                # a piece that is a token is that token, whatever the merges would make of it
+                "ignore_merges": True,
+                "vocab": {text: rank for rank, text in shown.items()} | self.specials,
+                "merges": merges,
+            },
+        }
+
     def _settings(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
@@ -242,14 +276,17 @@ class Tokenizer:
             fields = {name: settings[name] for name in ("format", "pattern", "specials", "allow_specials")}
             expected = settings["fingerprint"]
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise NanochatError(f"no tokenizer in {folder} ({Path(error.filename).name} is missing); {remedy}") from error
+            raise NanochatError(
+                f"no tokenizer in {folder} ({Path(error.filename).name} is missing); {remedy}"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise NanochatError(f"the tokenizer in {folder} cannot be read ({error}); {remedy}") from error
         if fields["format"] != FORMAT:
             raise NanochatError(f"the tokenizer in {folder} has format {fields['format']!r}, not {FORMAT!r}; {remedy}")
         if (found := _fingerprint(ranks_text, fields)) != expected:
             raise NanochatError(
-                f"the tokenizer in {folder} is damaged: its fingerprint is {found}, its settings say {expected}; {remedy}"
+                f"the tokenizer in {folder} is damaged: its fingerprint is {found}, not {expected} as it should be; "
+                f"{remedy}"
             )
         try:
             specials = [(name, int(id)) for name, id in fields["specials"].items()]
@@ -269,6 +306,13 @@ def parse_ranks(text: bytes) -> dict[bytes, int]:
         except ValueError as error:
             raise ValueError(f"line {number} of the ranks is not `base64 id`: {line[:60]!r}") from error
     return ranks
+
+
+def _byte_symbols() -> list[str]:
+    """The printable character that byte-level vocabularies of the Hugging Face kind write for each byte."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _ranks_text(ranks: dict[bytes, int]) -> bytes:
