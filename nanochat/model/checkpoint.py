@@ -5,10 +5,11 @@
         optimizer.safetensors   "<parameter>.<field>", whole tensors: independent of the number of ranks
         checkpoint.json         {"meta": what a run needs to go on, "files": {name: {bytes, crc32}}}
 
-A checkpoint is written into a hidden folder, synced, and renamed: a kill at any moment leaves the old ones untouched and at
-most a hidden leftover, removed at the next save. checkpoint.json is the manifest: a folder counts only if every
-file it lists has its size, and the checksums are verified when the file is read. The tensors are written here rather than by the safetensors
-library, which would copy the whole model to bytes first; reading goes through it, memory-mapped. Nothing is pickled.
+A checkpoint is written into a hidden folder, synced, and renamed: a kill at any moment leaves the old ones untouched
+and at most a hidden leftover, removed at the next save. checkpoint.json is the manifest: a folder counts only if every
+file it lists has its size, and the checksums are verified when the file is read. The tensors are written here rather
+than by the safetensors library, which would copy the whole model to bytes first; reading goes through it,
+memory-mapped. Nothing is pickled.
 """
 
 import errno
@@ -116,6 +117,12 @@ def steps(folder: Path) -> list[int]:
     return sorted(found)
 
 
+def damaged(folder: Path) -> dict[str, str]:
+    """The checkpoints in `folder` that do not count, and what is wrong with each."""
+    found = {path.name: _damage(path) for path in sorted(folder.glob("step_*"))}
+    return {name: damage for name, damage in found.items() if damage is not None}
+
+
 def latest(folder: Path) -> int | None:
     """The newest complete step, or None."""
     found = steps(folder)
@@ -177,7 +184,8 @@ def find(stage: str, tag: str | None = None) -> Path:
     if tag is None:
         return max(tags.values(), key=lambda path: (step_folder(path, steps(path)[-1]) / MANIFEST).stat().st_mtime)
     if tag not in tags:
-        raise NanochatError(f"there is no {stage} checkpoint called {tag!r} in {root}; it has {', '.join(sorted(tags))}")
+        have = ", ".join(sorted(tags))
+        raise NanochatError(f"there is no {stage} checkpoint called {tag!r} in {root}; it has {have}")
     return tags[tag]
 
 
@@ -186,8 +194,8 @@ def _choose(folder: Path, step: int | None) -> int:
         return step
     complete = steps(folder)
     if not complete:
-        damaged = [f"{p.name}: {_damage(p)}" for p in sorted(folder.glob("step_*"))]
-        detail = f" ({'; '.join(damaged)})" if damaged else ""
+        detail = "; ".join(f"{name}: {damage}" for name, damage in damaged(folder).items())
+        detail = f" ({detail})" if detail else ""
         raise NanochatError(f"no complete checkpoint in {folder}{detail}; train, or point to another folder or tag")
     if step is not None:
         raise NanochatError(f"no checkpoint of step {step} in {folder}; it has {', '.join(map(str, complete))}")
@@ -224,7 +232,7 @@ def _unreadable(path: Path, damage: str) -> NanochatError:
 
 
 def _save_failed(error: OSError, target: Path, need: int, last_good: int | None) -> NanochatError:
-    kept = f"the checkpoint of step {last_good} is untouched" if last_good is not None else "no earlier checkpoint exists"
+    kept = "no earlier checkpoint exists" if last_good is None else f"the checkpoint of step {last_good} is untouched"
     if error.errno in OUT_OF_SPACE:
         return NanochatError(
             f"no room for {target}, which takes {need / 1e9:.2f} GB: {error.strerror}; {kept}. Free some space, lower "
@@ -237,7 +245,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in order, a piece at a time."""
     flat = tensor.detach().cpu().contiguous().flatten()
     if flat.numel():
-        data = memoryview(flat.view(torch.uint8).numpy())
+        data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
         for start in range(0, len(data), PIECE):
             yield data[start : start + PIECE]
 
@@ -293,7 +301,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes a rename or new names durable. Some file systems cannot sync a folder; then there is nothing to wait for."""
+    """Makes new names durable. Some file systems cannot sync a folder; then there is nothing to wait for."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

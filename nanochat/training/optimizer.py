@@ -7,19 +7,20 @@ The unit of work is a *shard*: a stack of K equal slices cut into one contiguous
     small   scalars and tiny vectors: one flat sum over ranks, then updated everywhere alike (no cut)
 
 The stack *is* the parameters' memory: each parameter becomes a view of its slice. So on one process the update needs no
-gather and copies gradients at most, and on several the gather writes straight into the parameters. Where K does not divide by the
-ranks, the stack is padded with slices that nobody reads.
+gather and copies gradients at most, and on several the gather writes straight into the parameters. Where K does not
+divide by the ranks, the stack is padded with slices that nobody reads.
 
 A step on W ranks, all sums being asynchronous:  start every reduce_scatter of gradients → per shard: wait, update my
 chunk, start its all_gather → wait for the gathers. While one shard computes, the others travel. Each rank keeps 1/W of
 the moments. Gradients are *summed*: the training loop divides the loss by W (exact for powers of two, in any dtype).
 
-The trade-off of not wrapping the model in DDP: nothing overlaps with the backward pass, but gradients move once per step
-however many micro-batches it has, and half as many bytes as all_reduce moves.
+The trade-off of not wrapping the model in DDP: nothing overlaps with the backward pass, but gradients move once per
+step however many micro-batches it has, and each rank keeps the optimizer's state of its own chunks only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -100,16 +101,18 @@ class Shard:
         self.start = start
         self.state: dict[str, Tensor] = {}
         self.grads: Tensor | None = None
+        self.norms = torch.zeros(1, device=first.device)  # of the last summed gradients, one per matrix or parameter
         self.work: Any = None
+        self.sent: Tensor | None = None
 
     def split(self, stack: Tensor, adopt: bool = False) -> dict[str, Tensor]:
         """Per parameter its part of a stack. With `adopt`, copies the parameters in and makes them views of it."""
         parts = [stack[: self.slices]] if self.whole else list(stack.unbind()[: self.slices])
         if adopt:
-            for parameter, part in zip(self.parameters, parts):
+            for parameter, part in zip(self.parameters, parts, strict=True):
                 part.copy_(parameter.detach())
                 parameter.data = part
-        return dict(zip(self.names, parts))
+        return dict(zip(self.names, parts, strict=True))
 
     def reduce(self) -> None:
         """Starts summing gradients over ranks, each rank receiving its own chunk; frees the parameters' gradients."""
@@ -123,16 +126,28 @@ class Shard:
             full = grads[0].contiguous()
         else:
             full = torch.zeros_like(self.stack)
-            for part, grad in zip(self.split(full).values(), grads):
+            for part, grad in zip(self.split(full).values(), grads, strict=True):
                 part.copy_(grad)
         received = torch.empty_like(full[: self.chunk])
         self.work = dist.reduce_scatter_tensor(received, full, async_op=True)
-        self.grads, self._sent = received[: self.owned], full  # the sent buffer must outlive the transfer
+        self.grads, self.sent = received[: self.owned], full  # what is sent must outlive the transfer
+
+    def measure(self) -> None:
+        """Notes the norms of this rank's summed gradients, before the update overwrites them."""
+        assert self.grads is not None
+        flat = self.grads.flatten() if self.whole else self.grads.flatten(1)
+        self.norms = torch.linalg.vector_norm(flat, dim=-1).float().reshape(-1)
+
+    def not_finite(self) -> list[str]:
+        """Names whose gradients, in this rank's chunk, were not finite in the last step."""
+        bad = (~torch.isfinite(self.norms)).tolist()
+        names = self.names if self.whole else self.names[self.start : self.start + self.owned]
+        return [name for name, is_bad in zip(names, bad, strict=False) if is_bad]
 
     def wait(self) -> None:
         if self.work is not None:
             self.work.wait()
-            self.work = self._sent = None
+            self.work, self.sent = None, None
 
     def gather(self) -> None:
         """Starts sending this rank's updated chunk to all, straight into the parameters."""
@@ -181,6 +196,13 @@ class Small:
             field: [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
             for field in ("exp_avg", "exp_avg_sq")
         }
+        self.norms = torch.zeros(1)
+
+    def measure(self, grads: list[Tensor]) -> None:
+        self.norms = torch.stack([torch.linalg.vector_norm(grad).float() for grad in grads])
+
+    def not_finite(self) -> list[str]:
+        return [name for name, norm in zip(self.names, self.norms.tolist(), strict=True) if not math.isfinite(norm)]
 
 
 def _mismatch(name: str, field: str, found: Tensor, expected: Iterable[int]) -> NanochatError:
@@ -243,9 +265,9 @@ class MuonAdamW:
         skip: drop the gradients and change nothing (float16 overflow). All ranks must pass the same value.
         """
         if skip:
-            for holder in (*self.shards, *self.small):
-                for parameter in holder.parameters:
-                    parameter.grad = None
+            holders: list[Shard | Small] = [*self.shards, *self.small]
+            for parameter in (p for holder in holders for p in holder.parameters):
+                parameter.grad = None
             return
         self.updates += 1
         for shard in self.shards:
@@ -254,16 +276,31 @@ class MuonAdamW:
         for shard in self.shards:
             shard.wait()
             if shard.owned:
+                shard.measure()
                 update = self._muon if shard.group.rule == "muon" else self._adamw
                 update(shard, rates)
             shard.gather()
         if small_work is not None:
             small_work.wait()
-        for holder, grads in zip(self.small, small_grads):
+        for holder, grads in zip(self.small, small_grads, strict=True):
+            holder.measure(grads)
             state = holder.state
             self._adamw_update(holder.group, holder.parameters, grads, state["exp_avg"], state["exp_avg_sq"], rates)
         for shard in self.shards:
             shard.wait()
+
+    @torch.no_grad()
+    def grad_norm_squared(self) -> Tensor:
+        """‖gradient‖² of the last step, float32 0-d: this rank's share, to be summed over ranks; inf and NaN show."""
+        small = [holder.norms for holder in self.small] if self.runtime.is_main else []
+        device = self.shards[0].stack.device
+        norms = torch.cat([n.to(device) for n in (*(s.norms for s in self.shards if s.owned), *small)])
+        return norms.square().sum()
+
+    def not_finite(self) -> list[str]:
+        """Parameters whose gradients were not finite in the last step, among those this rank updates."""
+        holders: list[Shard | Small] = [*self.shards, *self.small]
+        return [name for holder in holders for name in holder.not_finite()]
 
     def _reduce_small(self) -> tuple[list[list[Tensor]], Any]:
         """Gradients of the small parameters and, where ranks sum them, the one message to wait for."""
@@ -333,7 +370,7 @@ class MuonAdamW:
                     result[f"{name}.{field}"] = tensor
         for holder in self.small:
             for field, tensors in holder.state.items():
-                result |= {f"{name}.{field}": tensor.cpu() for name, tensor in zip(holder.names, tensors)}
+                result |= {f"{name}.{field}": tensor.cpu() for name, tensor in zip(holder.names, tensors, strict=True)}
         return result if main else {}
 
     @torch.no_grad()
@@ -348,7 +385,7 @@ class MuonAdamW:
                 return {name: state[f"{name}.{field}"] for name in names}
             except KeyError as missing:
                 raise NanochatError(
-                    f"the optimizer state lacks {missing}; the checkpoint belongs to another model, or was saved without it"
+                    f"the optimizer state lacks {missing}; the checkpoint belongs to another model"
                 ) from None
 
         for shard in self.shards:
@@ -356,7 +393,7 @@ class MuonAdamW:
                 shard.load(field, pick(shard.names, field))
         for holder in self.small:
             for field, tensors in holder.state.items():
-                for tensor, (name, source) in zip(tensors, pick(holder.names, field).items()):
+                for tensor, (name, source) in zip(tensors, pick(holder.names, field).items(), strict=True):
                     if source.shape != tensor.shape:
                         raise _mismatch(name, field, source, tensor.shape)
                     tensor.copy_(source)

@@ -103,9 +103,9 @@ def plan_horizon(
 ) -> Horizon:
     """The horizon of a model from its scaling parameters and those of depth 12 with the same vocabulary and head size.
 
-    batch_tokens and steps override what the ratio gives; Muon's decay follows the ratio's tokens even then. A batch that
-    is chosen here is rounded to a multiple of `multiple_of` tokens (a row on every rank); a given one is taken as it is.
-    Raises UsageError where nothing is left to train.
+    batch_tokens and steps override what the ratio gives; Muon's decay follows the ratio's tokens even then. A batch
+    that is chosen here is rounded to a multiple of `multiple_of` tokens (a row on every rank); a given one is taken as
+    it is. Raises UsageError where nothing is left to train.
     """
     if ratio <= 0:
         raise UsageError(f"--ratio {ratio} must be above 0: it is training tokens per parameter, 12 is the default")

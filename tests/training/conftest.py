@@ -36,7 +36,7 @@ def run_ranks():
         processes = start_ranks(["-c", textwrap.dedent(script), *map(str, arguments)], world_size, env)
         started.extend(processes)
         outputs = [p.communicate(timeout=timeout)[0] for p in processes]
-        for rank, (process, output) in enumerate(zip(processes, outputs)):
+        for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
             assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{output}"
         return outputs[0]
 

@@ -118,7 +118,7 @@ def test_state_survives_a_round_trip():
     again.load_state_dict(weights)
     restored.load_state_dict(state)
     train(again, restored, range(2, 4))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 def test_state_of_another_model_is_refused():

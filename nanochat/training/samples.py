@@ -1,0 +1,47 @@
+"""A few greedy continuations, to see with one's own eyes what a number like 1.1 bits per byte means."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from nanochat.model.gpt import GPT
+
+PROMPTS = (
+    "Once upon a time",
+    "The capital of France is",
+    "The opposite of hot is",
+    "The sun rises in the",
+    "2 + 3 =",
+    "My favorite color is",
+)
+
+
+@torch.no_grad()
+def greedy(model: GPT, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tokens: int = 24) -> list[str]:
+    """The prompts with their most likely continuations, `new_tokens` long or up to the next document.
+
+    No cache: all rows are computed again for each token, at one fixed shape, padded on the right where a causal model
+    cannot see. A handful of short rows does not deserve more.
+    """
+    ids, offsets = tokenizer.encode_batch(list(prompts), prepend_bos=True)
+    rows = [list(map(int, ids[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    bos = rows[0][0]
+    length = min(max(map(len, rows)) + new_tokens, model.config.seq_len)
+    rows = [row[:length] for row in rows]
+    first = [len(row) for row in rows]
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):  # a shape of its own is not worth compiling
+        for _ in range(new_tokens):
+            growing = [row for row in rows if len(row) < length and (len(row) == 1 or row[-1] != bos)]
+            if not growing:
+                break
+            padded = torch.tensor([row + [bos] * (length - len(row)) for row in growing], device=model.device)
+            hidden = model.hidden(padded)
+            last = hidden[torch.arange(len(growing)), torch.tensor([len(row) - 1 for row in growing])]
+            for row, token in zip(growing, model.logits(last).argmax(-1).tolist(), strict=True):
+                row.append(token)
+    model.train(was_training)
+    ends = [row[1:-1] if len(row) > n and row[-1] == bos else row[1:] for row, n in zip(rows, first, strict=True)]
+    return [tokenizer.decode(row) for row in ends]
