@@ -62,11 +62,10 @@ def convert_files(path: Path, folder: Path) -> None:
         raise UsageError(f"{path} holds {len(documents)} document(s); 2 are needed, one of them for validation")
     random.Random(_SEED).shuffle(documents)
     validation = _validation_count(documents)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
+        draft.mkdir(parents=True)
         groups = [*_split_by_size(documents[validation:], SHARD_CHARACTERS), documents[:validation]]
         for number, group in enumerate(groups):
             write_shard(draft / f"shard_{number:05d}.parquet", group)

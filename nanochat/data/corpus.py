@@ -111,7 +111,7 @@ def read_corpus_file(folder: Path) -> dict:
     path = folder / CORPUS_FILE
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
         raise NanochatError(f"{path} is not valid JSON ({error}); delete it and prepare the corpus again") from error

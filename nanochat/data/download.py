@@ -47,7 +47,7 @@ class Policy:
     retry_after_max: float = 900.0  # a server that asks for more is taken as a refusal
     connect_timeout: float = 15.0
     stall_timeout: float = 30.0  # without a byte
-    chunk_bytes: int = 1 << 18
+    chunk_bytes: int = 1 << 16  # written at once; what a cut-off connection may lose
     threads: int = 4
 
 

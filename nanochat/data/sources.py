@@ -18,11 +18,14 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
+
+import filelock
 
 from nanochat.data.convert import convert_files, find_files, fingerprint, replace_folder, write_corpus_file
 from nanochat.data.corpus import CORPUS_FILE, open_folder, read_corpus_file, shard_names
@@ -69,6 +72,21 @@ def data_folder(base: Path | None) -> Path:
     return (base or base_dir()) / "data"
 
 
+@contextmanager
+def _one_process(folder: Path) -> Iterator[None]:
+    """Lets one process at a time make `folder`; the others find it made when they get in."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder.parent / f".{folder.name}.lock")
+        lock.acquire()
+    except OSError as error:
+        raise NanochatError(f"cannot write to {folder}: {error.strerror}; set NANOCHAT_BASE_DIR") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @dataclass(frozen=True)
 class RemoteSource:
     """`total` shards shard_00000.parquet … under `url`; the last is validation."""
@@ -109,9 +127,12 @@ class RemoteSource:
                 f"{folder} is validated on {pinned}, but {self.url} ends with {self.validation}: it was filled from "
                 f"another place; delete the folder or use another NANOCHAT_BASE_DIR"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / CORPUS_FILE).exists():
-            write_corpus_file(folder, {"source": self.name, "url": self.url, "validation": self.validation})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / CORPUS_FILE).exists():
+                write_corpus_file(folder, {"source": self.name, "url": self.url, "validation": self.validation})
+        except OSError as error:
+            raise NanochatError(f"cannot write to {folder}: {error.strerror}; set NANOCHAT_BASE_DIR") from error
         names = [self.validation, *(self.shard_name(i) for i in range(wanted))]
         fetch_shards(names, self.url, folder, request.policy, self.remedy(request.shards))
 
@@ -159,8 +180,9 @@ class FilesSource:
         if self._in_place:
             return
         folder = self.folder(base)
-        if read_corpus_file(folder).get("files") != fingerprint(self.path):
-            convert_files(self.path, folder)
+        with _one_process(folder):
+            if read_corpus_file(folder).get("files") != fingerprint(self.path):
+                convert_files(self.path, folder)
 
 
 @dataclass(frozen=True)
@@ -179,20 +201,24 @@ class BuiltinSource:
         return "run `nanochat data --source builtin`"
 
     def prepare(self, request: Request, base: Path | None = None) -> None:
-        from nanochat.data.builtin import write_corpus  # a whole world of text: only for those who ask for it
-
-        folder = self.folder(base)
-        if read_corpus_file(folder).get("characters") == request.characters:
-            return
         if request.characters < 1:
             raise UsageError(f"--characters {request.characters}: the built-in corpus needs at least 1 character")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder = self.folder(base)
+        with _one_process(folder):
+            if read_corpus_file(folder).get("characters") != request.characters:
+                self._generate(folder, request.characters)
+
+    def _generate(self, folder: Path, characters: int) -> None:
+        from nanochat.data.builtin import write_corpus  # a whole world of text: only for those who ask for it
+
         draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
-            write_corpus(draft, characters=request.characters)
-            facts = {"source": self.name, "characters": request.characters, "validation": shard_names(draft)[-1]}
+            write_corpus(draft, characters=characters)
+            facts = {"source": self.name, "characters": characters, "validation": shard_names(draft)[-1]}
             write_corpus_file(draft, facts)
             replace_folder(draft, folder)
+        except OSError as error:
+            raise NanochatError(f"cannot write to {folder}: {error.strerror}; set NANOCHAT_BASE_DIR") from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
