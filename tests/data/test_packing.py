@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 
 from nanochat.data.packing import BestFitIndex, BestFitPacker, inputs_and_targets
 
-BOS = 0
+BOS = 1000  # and above: a <|bos|> that tells whose it is
+PAD = 9999
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=120)
 
 
 def make_documents(lengths: list[int]) -> list[np.ndarray]:
-    """Document i is <|bos|> and then i + 1 repeated: every token tells where it came from."""
-    return [np.array([BOS] + [i + 1] * (n - 1), np.uint16) for i, n in enumerate(lengths)]
+    """Document i is BOS + i and then i repeated: every token tells where it came from."""
+    return [np.array([BOS + i] + [i] * (n - 1), np.uint16) for i, n in enumerate(lengths)]
 
 
 def feed(packer: BestFitPacker, documents: list[np.ndarray], first: int = 0) -> None:
@@ -67,20 +68,20 @@ def test_every_token_is_placed_or_in_a_cropped_tail(lengths, capacity, buffer_si
     packer = BestFitPacker(capacity, buffer_size)
     feed(packer, documents)
     rows = pack_all(packer, 3)
-    pieces = []
-    for row in rows.tolist():
-        assert row[0] == BOS
-        starts = [i for i, token in enumerate(row) if token == BOS] + [capacity]
-        pieces += [row[a:b] for a, b in zip(starts, starts[1:], strict=False)]
-        # only the last piece of a row may be cropped, so all before it are whole documents
-        whole = [p for p in pieces[-(len(starts) - 1) : -1] if len(p) > 1]
-        assert all(p == documents[p[1] - 1].tolist() for p in whole)
-    assert rows.size == sum(map(len, pieces))
-    named = [p[1] for p in pieces if len(p) > 1]
-    assert len(named) == len(set(named)), "a document was used twice"
-    assert all(p == documents[p[1] - 1].tolist()[: len(p)] for p in pieces if len(p) > 1)
-    unused = [d for i, d in enumerate(documents) if len(d) > 1 and i + 1 not in named]
-    assert sum(map(len, unused)) < capacity, "only the last, incomplete row may be left out"
+    used = set()
+    for row in rows:
+        assert row[0] >= BOS
+        starts = [*np.flatnonzero(row >= BOS), capacity]
+        for number, (start, end) in enumerate(zip(starts, starts[1:], strict=False), 1):
+            document = row[start] - BOS
+            assert document not in used, "a document was used twice"
+            used.add(document)
+            assert row[start:end].tolist() == documents[document][: end - start].tolist()
+            assert end - start == lengths[document] or number == len(starts) - 1, (
+                "only the last of a row may be cropped"
+            )
+    unused = [n for i, n in enumerate(lengths) if i not in used]
+    assert sum(unused) < capacity, "only the last, incomplete row may be left out"
 
 
 @settings(max_examples=100, deadline=None)
@@ -127,7 +128,7 @@ def test_buffered_documents_restart_a_packer(lengths, capacity, buffer_size, aft
 @given(LENGTHS, st.integers(1, 50), st.integers(1, 30))
 def test_padding_crops_nothing_but_what_is_longer_than_a_row(lengths, capacity, buffer_size):
     documents = make_documents(lengths)
-    packer = BestFitPacker(capacity, buffer_size, pad_id=9999)
+    packer = BestFitPacker(capacity, buffer_size, pad_id=PAD)
     offsets = np.cumsum([0, *lengths])
     learn = (np.arange(offsets[-1]) % 3 == 0).astype(np.uint8)
     packer.add(np.concatenate(documents), offsets, range(len(documents)), learn)
@@ -136,10 +137,10 @@ def test_padding_crops_nothing_but_what_is_longer_than_a_row(lengths, capacity, 
     done = packer.pack(rows, mask)
     pieces = []
     for row, learned in zip(rows[:done], mask[:done], strict=True):
-        assert row[0] == BOS
-        padding = row == 9999
+        assert BOS <= row[0] < PAD
+        padding = row == PAD
         assert not learned[padding].any() and not (np.diff(padding.astype(int)) < 0).any()
-        starts = [*np.flatnonzero(row == BOS), capacity - padding.sum()]
+        starts = [*np.flatnonzero((row >= BOS) & ~padding), capacity - padding.sum()]
         pieces += [(row[a:b].tolist(), learned[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
     expected = [
         (d[:capacity].tolist(), learn[offsets[i] : offsets[i + 1]][:capacity].tolist()) for i, d in enumerate(documents)
