@@ -1,9 +1,7 @@
 """`nanochat data`: makes a corpus ready and says what it holds."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
-import tyro
 from rich.console import Console
 
 from nanochat.data.corpus import Corpus, open_corpus
@@ -14,9 +12,12 @@ from nanochat.data.sources import Request, parse_source
 class DataConfig:
     """Downloads, converts or generates the text that models are trained on. Running it again continues."""
 
-    source: Annotated[str, tyro.conf.arg(help="climbmix, fineweb-edu, files:PATH, builtin or a folder")] = "climbmix"
-    shards: Annotated[int, tyro.conf.arg(help="training shards to download (about 90 MB each); -1 for all")] = 8
-    characters: Annotated[int, tyro.conf.arg(help="size of the built-in corpus, in characters")] = 20_000_000
+    source: str = "climbmix"
+    """climbmix, fineweb-edu, files:PATH, builtin or a folder of parquet shards"""
+    shards: int = 8
+    """training shards to download (about 90 MB each), -1 for all; files and builtin have no need of it"""
+    characters: int | None = None
+    """size of the built-in corpus in characters, by default enough for the quickstart"""
 
 
 def run(config: DataConfig) -> Corpus:

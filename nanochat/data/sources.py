@@ -41,7 +41,7 @@ class Request:
     """How much of a source to prepare. Each source reads what concerns it."""
 
     shards: int = 8  # training shards of a remote source; -1 for all
-    characters: int = 20_000_000  # size of the built-in corpus
+    characters: int | None = None  # size of the built-in corpus; the generator's own choice when None
     policy: Policy = Policy()
 
 
@@ -201,15 +201,18 @@ class BuiltinSource:
         return "run `nanochat data --source builtin`"
 
     def prepare(self, request: Request, base: Path | None = None) -> None:
-        if request.characters < 1:
-            raise UsageError(f"--characters {request.characters}: the built-in corpus needs at least 1 character")
+        from nanochat.data.builtin.corpus import CHARACTERS
+
+        characters = CHARACTERS if request.characters is None else request.characters
+        if characters < 1:
+            raise UsageError(f"--characters {characters}: the built-in corpus needs at least 1 character")
         folder = self.folder(base)
         with _one_process(folder):
-            if read_corpus_file(folder).get("characters") != request.characters:
-                self._generate(folder, request.characters)
+            if read_corpus_file(folder).get("characters") != characters:
+                self._generate(folder, characters)
 
     def _generate(self, folder: Path, characters: int) -> None:
-        from nanochat.data.builtin import write_corpus  # a whole world of text: only for those who ask for it
+        from nanochat.data.builtin import write_corpus
 
         draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:

@@ -3,13 +3,12 @@
 import io
 import json
 import os
-import sys
-import types
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+import nanochat.data.builtin
 from nanochat.data import convert
 from nanochat.data.command import DataConfig, run
 from nanochat.data.convert import convert_files, split_text
@@ -244,7 +243,7 @@ def generator(monkeypatch):
         if characters == 13:
             raise RuntimeError("unlucky")
 
-    monkeypatch.setitem(sys.modules, "nanochat.data.builtin", types.SimpleNamespace(write_corpus=write_corpus))
+    monkeypatch.setattr(nanochat.data.builtin, "write_corpus", write_corpus)
     return calls
 
 
@@ -269,3 +268,24 @@ def test_command_line_form(capsys):
     with pytest.raises(SystemExit) as error, io.StringIO():
         tyro.cli(DataConfig, args=["--shards", "many"])
     assert error.value.code == 2
+
+
+def test_the_real_generator_and_tokenizer_go_through_the_loader(base):
+    pytest.importorskip("nanochat_rustbpe", reason="the tokenizer's Rust module is not built")
+    from nanochat.data.loader import PackedLoader
+    from nanochat.tokenizer import Tokenizer
+
+    corpus = run(DataConfig("builtin", characters=200_000))
+    documents = list(corpus.documents("train"))
+    tokenizer = Tokenizer.train(documents, 400)
+    with PackedLoader(corpus, tokenizer, "train", rows=4, seq_len=64) as loader:
+        for _ in range(5):
+            batch = next(loader)
+            assert (batch.inputs[:, 0] == tokenizer.bos_id).all()
+            for row in batch.inputs.tolist():
+                end = (row + [tokenizer.bos_id]).index(tokenizer.bos_id, 1)
+                assert any(text.startswith(tokenizer.decode(row[1:end])) for text in documents)
+        state = batch.state
+        expected = next(loader).inputs
+    with PackedLoader(corpus, tokenizer, "train", rows=4, seq_len=64, state=state) as loader:
+        assert (next(loader).inputs == expected).all()
