@@ -44,6 +44,12 @@ COMMANDS: dict[str, Command] = {
     for command in (
         Command("data", "Data", "download, convert or generate the text to train on",
                 "nanochat.data.command", "DataConfig"),
+        Command("tok-train", "Tokenizer", "learn a vocabulary from the text",
+                "nanochat.tok_commands", "TokTrainConfig", "tok_train"),
+        Command("tok-eval", "Tokenizer", "bytes per token, beside well-known vocabularies",
+                "nanochat.tok_commands", "TokEvalConfig", "tok_eval"),
+        Command("train", "Base model", "train a base model on packed text",
+                "nanochat.training.pretrain", "PretrainConfig"),
         Command("verify", "Kernels", "check every backend of every kernel against its reference",
                 "nanochat_kernels.verify", "VerifyConfig", "main"),
         Command("doctor", "Machine", "what this machine offers, what is missing and how to get it",
@@ -92,7 +98,7 @@ def run_command(command: Command, arguments: Sequence[str]) -> int:
     try:
         config_class, function = command.load()
         # help and refusals are rank 0's affair, as all of them see the same arguments
-        config = tyro.cli(
+        config: Any = tyro.cli(
             config_class, prog=f"nanochat {command.name}", args=list(arguments), console_outputs=_rank() == 0
         )
         code = function(config)  # a function may return what it made, for callers in Python
@@ -103,9 +109,6 @@ def run_command(command: Command, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _print_error("interrupted")
         return 130
-    except BrokenPipeError:  # `nanochat ... | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         if not _is_kernel_unavailable(error):
             raise
@@ -115,7 +118,16 @@ def run_command(command: Command, arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code."""
-    name, *rest = list(sys.argv[1:] if arguments is None else arguments) or [""]
+    try:
+        code = _dispatch(*(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `nanochat ... | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(name: str = "", *rest: str) -> int:
     if not name:
         from nanochat import status
 

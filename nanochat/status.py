@@ -15,6 +15,8 @@ from nanochat.errors import NanochatError
 from nanochat.model import checkpoint
 from nanochat.runtime import base_dir
 
+DEFAULT_CORPUS = "climbmix"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -61,9 +63,15 @@ def items(base: Path) -> Iterator[Item]:
 
 
 def next_command(found: Collection[Item], available: Collection[str]) -> str | None:
-    """The command of the first stage that left nothing; None when all that is available has been done."""
-    todo = (item.command for item in found if not item.found)
-    return next((command for command in todo if command.split()[1] in available), None)
+    """The command of the first stage that left nothing; None when all that is available has been done.
+
+    What learns from text is told which text, unless the default corpus is there.
+    """
+    corpora = [line.partition(":")[0] for item in found if item.stage == "data" for line in item.found]
+    chosen = "" if not corpora or DEFAULT_CORPUS in corpora else f" --data {corpora[0]}"
+    todo = (item.command for item in found if not item.found and item.command.split()[1] in available)
+    command = next(todo, None)
+    return f"{command}{chosen}" if command in ("nanochat tok-train", "nanochat train") else command
 
 
 def show(available: Collection[str]) -> None:

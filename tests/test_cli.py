@@ -138,6 +138,6 @@ def test_doctor_as_json():
 
 
 def test_closed_pipe_is_no_error():
-    command = f"{sys.executable} -m nanochat --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m nanochat --help | true; exit ${{PIPESTATUS[0]}}"
     shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-    assert shown.returncode in (0, 141) and "Traceback" not in shown.stderr
+    assert shown.returncode == 0 and not shown.stderr

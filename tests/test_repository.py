@@ -27,6 +27,7 @@ LAYERS = {
     "nanochat.training": 5,
     "nanochat.evaluation": 5,
     "nanochat.serving": 5,
+    "nanochat.exchange": 5,
     "nanochat.tok_commands": 6,
     "nanochat.doctor": 6,
     "nanochat.status": 6,

@@ -33,17 +33,19 @@ def test_each_stage_leads_to_the_next(base, capsys):
     folder.mkdir(parents=True)
     for name in ("a.parquet", "b.parquet"):
         pq.write_table(pa.table({"text": ["once upon a time"]}), folder / name)
-    assert next_command(base) == "nanochat tok-train"
+    assert next_command(base) == "nanochat tok-train --data stories"
     (base / "tokenizer").mkdir()
-    assert next_command(base) == "nanochat tok-train", "an empty folder is no tokenizer"
+    assert next_command(base) == "nanochat tok-train --data stories", "an empty folder is no tokenizer"
     (base / "tokenizer" / "tokenizer.json").write_text("{}")
-    assert next_command(base) == "nanochat train"
+    assert next_command(base) == "nanochat train --data stories"
+    (base / "data" / "stories").rename(base / "data" / "climbmix")
+    assert next_command(base) == "nanochat train", "the default corpus needs no flag"
     checkpoint.save(base / "base_checkpoints" / "d4", 20, {"weight": torch.zeros(2)}, None, {"val_bpb": 1.25})
     assert next_command(base) == "nanochat sft"
     assert next_command(base, available=("data", "tok-train", "train")) is None
     status.show(ALL)
     shown = capsys.readouterr().out
-    assert "stories: 2 shards" in shown and "d4: step 20, 1.2500 bits per byte" in shown
+    assert "climbmix: 2 shards" in shown and "d4: step 20, 1.2500 bits per byte" in shown
 
 
 def test_a_damaged_checkpoint_is_told_not_hidden(base, capsys):
