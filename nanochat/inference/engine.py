@@ -13,7 +13,6 @@ The trade-off against a serving engine: all rows start together, and a long row 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from nanochat.inference.row import Completion, Event, Row, Tool
 from nanochat.inference.sampling import BatchSampler, SamplingParams, row_seed
 from nanochat.inference.tools import calculate
 from nanochat.model.gpt import GPT
+from nanochat.tokenizer import Tokenizer
 
 DEFAULT = SamplingParams()
 HEADROOM = 64  # slots beyond the prompts that a new cache has; it doubles when they are used up
@@ -34,7 +34,9 @@ class Engine:
     sequence length: beyond it, positions were never trained. `tool` maps an expression to its result or None.
     """
 
-    def __init__(self, model: GPT, tokenizer: Any, tool: Tool | None = calculate, context: int | None = None) -> None:
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, tool: Tool | None = calculate, context: int | None = None
+    ) -> None:
         self.model, self.tokenizer, self.tool = model, tokenizer, tool
         self.context = model.config.seq_len if context is None else context
 

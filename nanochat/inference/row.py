@@ -3,15 +3,16 @@
     text ─<|python_start|>→ python ─<|python_end|>→ calculate → forced: <|output_start|> result <|output_end|> → text
 
 It decodes to text that is safe to show (no half characters, nothing that may turn out to be part of a stop string),
-runs the tool, and says when the answer is over. It knows nothing of tensors, models or batches, so any engine can use it.
+runs the tool, and says when the answer is over. It knows nothing of tensors, models or batches: any engine can use it.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from nanochat.inference.sampling import SamplingParams
+from nanochat.tokenizer import Tokenizer
 
 Kind = Literal["text", "python", "output", "marker"]
 Finish = Literal["stop", "length", "context"]
@@ -58,11 +59,13 @@ class Markers:
     all: frozenset[int]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> "Markers":
-        special = tokenizer.special_tokens
-        names = ("python_start", "python_end", "output_start", "output_end")
+    def of(cls, tokenizer: Tokenizer) -> "Markers":
+        special = tokenizer.specials
         return cls(
-            *(special[f"<|{name}|>"] for name in names),
+            python_start=special["<|python_start|>"],
+            python_end=special["<|python_end|>"],
+            output_start=special["<|output_start|>"],
+            output_end=special["<|output_end|>"],
             stops=frozenset((special["<|assistant_end|>"], special["<|bos|>"])),
             all=frozenset(special.values()),
         )
@@ -92,6 +95,18 @@ class StopStrings:
         return held
 
 
+def parts_of(pieces: Iterable[tuple[Kind, str]]) -> list[dict[str, str]]:
+    """Pieces of text joined to the parts of an assistant's message."""
+    types = {"text": "text", "python": "python", "output": "python_output"}
+    parts: list[dict[str, str]] = []
+    for kind, text in pieces:
+        if text and parts and parts[-1]["type"] == types[kind]:
+            parts[-1]["text"] += text
+        elif text:
+            parts.append({"type": types[kind], "text": text})
+    return parts
+
+
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` with which `stop` begins."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
@@ -101,7 +116,13 @@ class Row:
     """The state of one answer. `forced()` says what has to come next, `accept` takes what did come."""
 
     def __init__(
-        self, index: int, prompt_length: int, params: SamplingParams, tokenizer: Any, tool: Tool | None, context: int
+        self,
+        index: int,
+        prompt_length: int,
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        tool: Tool | None,
+        context: int,
     ) -> None:
         self.index, self.params, self.tokenizer = index, params, tokenizer
         self.tool = tool if params.tools else None
@@ -159,15 +180,8 @@ class Row:
 
     def completion(self) -> Completion:
         """The finished answer."""
-        types = {"text": "text", "python": "python", "output": "python_output"}
-        parts: list[dict[str, str]] = []
-        for kind, text in self.pieces:
-            if parts and parts[-1]["type"] == types[kind]:
-                parts[-1]["text"] += text
-            else:
-                parts.append({"type": types[kind], "text": text})
         text = "".join(text for kind, text in self.pieces if kind == "text")
-        return Completion(self.tokens, self.sampled, text, parts, self.finish or "length")
+        return Completion(self.tokens, self.sampled, text, parts_of(self.pieces), self.finish or "length")
 
     def _leftover(self) -> str:
         """Text that waited for more and can wait no longer."""

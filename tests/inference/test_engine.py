@@ -175,7 +175,8 @@ def test_tools_can_be_switched_off(make_model, tokenizer):
 @pytest.mark.parametrize(
     "field, value",
     [("temperature", -1.0), ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.5),
-     ("min_p", 1.0), ("repetition_penalty", 0.0), ("presence_penalty", 99.0), ("max_tokens", 0), ("stop", ("",)), ("seed", -1)],
+     ("min_p", 1.0), ("repetition_penalty", 0.0), ("presence_penalty", 99.0), ("max_tokens", 0),
+     ("stop", ("",)), ("seed", -1)],
 )  # fmt: skip
 def test_settings_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(UsageError, match=field):
