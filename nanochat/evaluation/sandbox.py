@@ -77,7 +77,8 @@ def run_python(
     """Run `code` as the main module of a fresh Python without site packages, for at most `timeout` seconds.
 
     `memory_bytes` bounds the address space of each process, `max_output` the bytes kept of stdout and of stderr.
-    `namespaces=False` takes the fallback on purpose; `processes=True` lets the program start others. Safe in any thread; nothing of the run survives the call.
+    `namespaces=False` takes the fallback on purpose; `processes=True` lets the program start others.
+    Safe in any thread; nothing of the run survives the call.
     """
     folder = tempfile.mkdtemp(prefix="nanochat-sandbox-")
     report_read, report_write = os.pipe()

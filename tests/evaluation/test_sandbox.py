@@ -114,7 +114,7 @@ if os.fork() == 0:
     os._exit(0)
 time.sleep(0.3)
 print('parent done')
-""" % os.getpid()
+""".replace("%s", str(os.getpid()))
     result = run(code, namespaces, timeout=5.0, processes=True)
     assert result.ok and result.stdout == "parent done\n"
     assert not processes_with(f"daemon-{os.getpid()}\0")
