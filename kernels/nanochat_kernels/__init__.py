@@ -1,7 +1,8 @@
 """The hot operations of nanochat: each declared once, with a readable reference and the backends that replace it.
 
-`OPS` maps every op's name to its declaration; `KernelPlan.resolve(...)` chooses a backend for each. The package depends on
-torch alone and imports nothing of nanochat. A new op is one file, named like the op, and its name in the list below.
+`OPS` maps every op's name to its declaration; `KernelPlan.resolve(...)` chooses a backend for each. The package
+depends on torch alone and imports nothing of nanochat. A new op is one file, named like the op, and its name in the
+list below.
 """
 
 import importlib

@@ -4,8 +4,8 @@
     m ← β₁m + (1−β₁)g        v ← β₂v + (1−β₂)g²
     p ← p − lr/(1−β₁ᵗ) · m / (√(v/(1−β₂ᵗ)) + ε)
 
-Arithmetic is float32; parameters and moments are stored in the parameter's dtype. Memory-bound: p, m and v are read and
-written once and g read once when fused, against a dozen passes for the reference.
+Arithmetic is float32; parameters and moments are stored in the parameter's dtype. Memory-bound: p, m and v are read
+and written once and g read once when fused, against a dozen passes for the reference.
 """
 
 from __future__ import annotations

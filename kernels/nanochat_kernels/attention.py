@@ -4,9 +4,10 @@
 
 Query head h reads key/value head ⌊h / (H/G)⌋. A window that covers all of T is plain causal attention.
 
-The reference forms the T×T scores of every head: it is the oracle, not something to train with. `sdpa` computes a windowed
-layer in bands: queries in blocks, each against its own block and the few before it that the window reaches, so work and
-memory grow with T·window instead of T². The copies of keys and values that this needs are small beside the scores.
+The reference forms the T×T scores of every head: it is the oracle, not something to train with. `sdpa` computes a
+windowed layer in bands: queries in blocks, each against its own block and the few before it that the window reaches,
+so work and memory grow with T·window instead of T². The copies of keys and values that this needs are small beside
+the scores.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _neighborhoods(x: Tensor, block: int, reach: int) -> Tensor:
-    """(B·blocks, (reach+1)·block, G, D): every block of x, already padded in front, behind the `reach` blocks before it."""
+    """(B·blocks, (reach+1)·block, G, D): each block of x (already padded) behind the `reach` before it."""
     b, _, g, d = x.shape
     x = x.view(b, -1, block, g, d)
     blocks = x.size(1) - reach
@@ -78,7 +79,9 @@ def attention_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = _block_mask(q.size(2), window, str(q.device))
-    return flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2)
 
 
 @lru_cache(maxsize=16)
@@ -94,7 +97,7 @@ def _block_mask(length: int, window: int, device: str):
 def attention_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """FlashAttention 2 or 3, where installed: takes our layout, our window and grouped heads as they are."""
     try:
-        from flash_attn_interface import flash_attn_func
+        from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
     except ImportError:
         from flash_attn import flash_attn_func
     out = flash_attn_func(q, k, v, causal=True, window_size=(min(window, q.size(1)), 0))

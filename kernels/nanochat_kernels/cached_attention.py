@@ -1,7 +1,7 @@
 """Attention of the newest tokens against a key/value cache, at prefill and decode. No gradients.
 
-Row b holds lengths[b] valid positions, the newest Tq of them being the queries': query t stands at position
-p = lengths[b] − Tq + t and sees positions p − window … p. Whatever the cache holds beyond is never read into the result.
+Row b holds lengths[b] valid positions, the newest Tq of them being the queries': query t stands at position p =
+lengths[b] − Tq + t and sees positions p − window … p. Whatever the cache holds beyond is never read into the result.
 
 Memory-bound at decode: the bytes are those of the keys and values inside the window.
 """
@@ -22,7 +22,8 @@ from nanochat_kernels.registry import Case, Cost, Op
 def cached_attention_reference(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int) -> Tensor:
     """(B, Tq, H, D) from q (B, Tq, H, D), caches (B, S, G, D) that already hold the new keys, lengths (B,) integers.
 
-    lengths count the new tokens. A query of a row shorter than Tq stands before position 0, sees nothing and gives zeros.
+    lengths count the new tokens. A query of a row shorter than Tq stands before position 0, sees nothing and gives
+    zeros.
     """
     b, tq, h, d = q.shape
     g = k_cache.size(2)

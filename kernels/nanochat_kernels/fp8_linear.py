@@ -2,9 +2,9 @@
 
     y = Q₄(x)·Q₄(w)ᵀ        dx = Q₅(dy)·Q₄(w)        dw = Q₅(dy)ᵀ·Q₄(x)        Q(t) = cast(clamp(t·s))/s
 
-e4m3 (largest 448) has one bit more of precision, e5m2 (largest 57,344) one of range, which gradients need. With current
-scaling s = largest/max|t|: the whole tensor must be seen before its first element can be cast. A scale known in advance
-(static after a norm, delayed elsewhere) lets the producer cast; scale_x and scale_w pass one in.
+e4m3 (largest 448) has one bit more of precision, e5m2 (largest 57,344) one of range, which gradients need. With
+current scaling s = largest/max|t|: the whole tensor must be seen before its first element can be cast. A scale known
+in advance (static after a norm, delayed elsewhere) lets the producer cast; scale_x and scale_w pass one in.
 
 The reference emulates the casts and multiplies in x's dtype, so it runs on any device; it is slow, and right.
 """
@@ -23,7 +23,7 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def round_to_fp8(x: Tensor, dtype: torch.dtype, scale: Tensor | float | None = None) -> Tensor:
-    """x as FP8 would hold it, in x's dtype. scale: what x is multiplied by before the cast; None takes it from max|x|."""
+    """x as FP8 would hold it, in x's dtype. scale: the factor before the cast, None takes it from max|x|."""
     largest = torch.finfo(dtype).max
     x32 = x.float()
     if scale is None:

@@ -3,12 +3,12 @@
     l = x·Wᵀ        t = tanh(l/c)        z = c·t        nll = log Σ_v exp(z_v) − z_target
     ∂nll/∂l = (softmax(z) − onehot(target))·(1 − t²)        dx = dl·W        dW = dlᵀ·x
 
-Targets of −1 are ignored. "mean" divides by the number of targets that count, never by their weights, so that a token weight
-(RL's advantage) scales its token's gradient and nothing else; when no target counts the loss is 0.
+Targets of −1 are ignored. "mean" divides by the number of targets that count, never by their weights, so that a token
+weight (RL's advantage) scales its token's gradient and nothing else; when no target counts the loss is 0.
 
-The reference keeps several float32 copies of all logits: 4,096 tokens × 32,768 words are half a gigabyte each. `chunked`
-walks over a few rows at a time and forms the gradients in the same pass, so that logits never leave the cache; see
-linear_softcap_cross_entropy_chunked.py.
+The reference keeps several float32 copies of all logits: 4,096 tokens × 32,768 words are half a gigabyte each.
+`chunked` walks over a few rows at a time and forms the gradients in the same pass, so that logits never leave the
+cache; see linear_softcap_cross_entropy_chunked.py.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ linear_softcap_cross_entropy = Op(
     "linear_softcap_cross_entropy",
     torch=linear_softcap_cross_entropy_reference,
     chunked="nanochat_kernels.linear_softcap_cross_entropy_chunked:linear_softcap_cross_entropy_chunked",
-    auto=(("chunked", lambda place: place.device.type == "cpu", "logits stay in the cache, gradients in the same pass"),),
+    auto=(
+        ("chunked", lambda place: place.device.type == "cpu", "logits stay in the cache, gradients in the same pass"),
+    ),
     cases=_cases,
     cost=_cost,
     differentiable=("x", "weight"),

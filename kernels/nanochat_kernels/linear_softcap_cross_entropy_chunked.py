@@ -1,18 +1,20 @@
 """The head's loss over a few rows of logits at a time, gradients formed in the same pass.
 
-With s = sigmoid(2l/c) the softcap costs one exponential: c·tanh(l/c) = 2c·s − c. The shift drops out of the softmax, and
+With s = sigmoid(2l/c) the softcap costs one exponential: c·tanh(l/c) = 2c·s − c. The shift drops out of the softmax,
+and
 
     p = softmax(2c·s)        nll = −log p_target        ∂nll/∂l = 4·s(1−s)·(p − onehot)
 
-Two block sizes. Rows are taken PANEL elements of logits at a time, enough for efficient matrix products; within a panel the
-elementwise work goes TILE elements at a time, so that its six passes run in the second-level cache (measured eight times
-faster than passes over memory on a 2-core CPU). The gradient overwrites the panel, dx and dW follow at once, and no panel
-outlives its turn. dW accumulates in float32. The 4, the mean's 1/count and the incoming gradient are applied to dx and dW,
-never to the panel: that saves passes, and a float16 panel does not underflow.
+Two block sizes. Rows are taken PANEL elements of logits at a time, enough for efficient matrix products; within a
+panel the elementwise work goes TILE elements at a time, so that its six passes run in the second-level cache
+(measured eight times faster than passes over memory on a 2-core CPU). The gradient overwrites the panel, dx and dW
+follow at once, and no panel outlives its turn. dW accumulates in float32. The 4, the mean's 1/count and the incoming
+gradient are applied to dx and dW, never to the panel: that saves passes, and a float16 panel does not underflow.
 
-The price: gradients are formed in the forward pass, wanted or not by the time of backward; and each panel of a 16-bit product
-costs a pass over dW, which is why panels are not smaller. On CPUs without 16-bit matrix instructions the products are taken
-in float32, which is faster there and more exact. Ignored rows are left out of everything (one synchronization on a GPU).
+The price: gradients are formed in the forward pass, wanted or not by the time of backward; and each panel of a 16-bit
+product costs a pass over dW, which is why panels are not smaller. On CPUs without 16-bit matrix instructions the
+products are taken in float32, which is faster there and more exact. Ignored rows are left out of everything (one
+synchronization on a GPU).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nanochat_kernels.linear_softcap_cross_entropy import IGNORE, REDUCTIONS
+from nanochat_kernels.numerics import product_dtype
 
 PANEL = 1 << 25  # elements of logits per matrix product
 TILE = 1 << 18  # elements per elementwise pass on a CPU
@@ -142,8 +145,8 @@ def _walk(
     softcap: float,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """nll (N,) and the gradients of Σ row_scale·nll: dx (N, C) and dW (vocabulary, C), float32, empty when not wanted."""
-    dtype = _product_dtype(x)
+    """nll (N,) and the gradients of Σ row_scale·nll: dx (N, C) and dW (V, C), float32, empty when not wanted."""
+    dtype = product_dtype(x.dtype, x.device)
     rows = (targets != IGNORE).nonzero().squeeze(1)
     everything = rows.numel() == targets.numel()
     used_x, used_targets = (x, targets) if everything else (x[rows], targets[rows])
@@ -203,9 +206,3 @@ def _accumulate(dw: Tensor, panel: Tensor, x: Tensor) -> None:
         dw.addmm_(panel.T, x)
     else:
         dw.add_(panel.T @ x)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """float32 where the CPU has no 16-bit matrix instructions: emulating them costs more than widening."""
-    fast = x.device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return x.dtype if fast or x.dtype == torch.float64 else torch.float32

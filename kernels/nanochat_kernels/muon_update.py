@@ -12,12 +12,12 @@ Matrices of one shape are stacked, (K, m, n), so that each matrix product of ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from nanochat_kernels.numerics import normal, wide
+from nanochat_kernels.numerics import normal, product_dtype, wide
 from nanochat_kernels.orthogonalize import orthogonalize_blas, orthogonalize_reference
 from nanochat_kernels.registry import Case, Cost, Op, Tolerance
 
@@ -38,8 +38,8 @@ def muon_update_reference(
 ) -> None:
     """Update params, momentum and second in place; grads may be overwritten.
 
-    params, grads, momentum: (K, m, n) float32. second: (K, m, 1) when m ≥ n, else (K, 1, n). lr already contains the factor
-    √max(1, m/n). compute_dtype: the precision of step 3.
+    params, grads, momentum: (K, m, n) float32. second: (K, m, 1) when m ≥ n, else (K, 1, n). lr already contains the
+    factor √max(1, m/n). compute_dtype: the precision of step 3.
     """
     momentum.lerp_(grads, 1 - mu)
     x = grads.lerp(momentum, mu).to(compute_dtype)
@@ -61,7 +61,7 @@ def muon_update_blas(
 ) -> None:
     """The reference with fewer passes over memory: grads holds the step, and norms scale once."""
     momentum.lerp_(grads, 1 - mu)
-    x = grads.lerp_(momentum, mu).to(compute_dtype)
+    x = grads.lerp_(momentum, mu).to(product_dtype(compute_dtype, params.device))
     x = orthogonalize_blas(_equilibrate(x)).to(params.dtype)
     m, n = x.shape[-2:]
     mean_square = torch.linalg.vector_norm(x, dim=-1 if m >= n else -2, keepdim=True).square_().div_(min(m, n))
@@ -100,7 +100,7 @@ def _apply(params: Tensor, x: Tensor, lr: Number, decay: Number) -> None:
 
 
 def _cases() -> Iterator[Case]:
-    def make(shape, compute_dtype_is_case_dtype=True, zero=False):
+    def make(shape, zero=False):
         def build(device, dtype, generator):
             def f32(scale=1.0):
                 return normal(shape, device, torch.float32, generator, scale)
@@ -128,8 +128,6 @@ def _cost(args: tuple, kwargs: dict) -> Cost:
     short, long = sorted((m, n))
     return Cost(5 * 4 * k * m * n, 5 * k * (4 * short**2 * long + 2 * short**3) + 20 * k * m * n)
 
-
-Update = Callable[..., None]
 
 muon_update = Op(
     "muon_update",

@@ -3,9 +3,10 @@
     X ← X / (1.01·‖X‖_F + 10⁻⁶)
     X ← aX + (bA + cA²)X, A = XXᵀ          for (a, b, c) in COEFFICIENTS; with A = XᵀX from the right when tall
 
-Each step applies the odd polynomial ap + bp³ + cp⁵ to every singular value; the coefficients are the best at each step for
-the interval that the one before leaves (Amsel, Persson, Musco, Gower: arXiv 2505.16932). Working on the shorter side keeps A
-small. Compute-bound: per step 2·(2·m²·n) + 2·m³ FLOPs for m ≤ n, of which a symmetric product could save a half.
+Each step applies the odd polynomial ap + bp³ + cp⁵ to every singular value; the coefficients are the best at each
+step for the interval that the one before leaves (Amsel, Persson, Musco, Gower: arXiv 2505.16932). Working on the
+shorter side keeps A small. Compute-bound: per step 2·(2·m²·n) + 2·m³ FLOPs for m ≤ n, of which a symmetric product
+could save a half.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nanochat_kernels.numerics import normal
+from nanochat_kernels.numerics import normal, product_dtype
 from nanochat_kernels.registry import Case, Cost, Op, Tolerance
 
 COEFFICIENTS = (
@@ -40,15 +41,15 @@ def orthogonalize_reference(x: Tensor, steps: int = 5) -> Tensor:
 
 def orthogonalize_blas(x: Tensor, steps: int = 5) -> Tensor:
     """The same with the sums folded into the matrix products (baddbmm): three calls a step, no elementwise passes."""
-    shape = x.shape
-    x = x.reshape(-1, *shape[-2:])
+    shape, dtype = x.shape, x.dtype
+    x = x.reshape(-1, *shape[-2:]).to(product_dtype(dtype, x.device))
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) * 1.01 + 1e-6)
     tall = x.size(-2) > x.size(-1)
     for a, b, c in COEFFICIENTS[:steps]:
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
-    return x.reshape(shape)
+    return x.reshape(shape).to(dtype)
 
 
 def _cases() -> Iterator[Case]:

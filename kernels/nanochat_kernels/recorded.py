@@ -1,8 +1,8 @@
 """What recorded measurements say: the rows under benchmarks/results/<device class>/*.jsonl.
 
-A row that counts names op, backend, case, dtype, mode and median (any unit, the same in a file). A backend is proven where
-it and the reference were measured on the same cases; backends are ordered by the geometric mean of their time over the
-reference's. Rows of an earlier date are superseded by later lines for the same case.
+A row that counts names op, backend, case, dtype, mode and median (any unit, the same in a file). A backend is proven
+where it and the reference were measured on the same cases; backends are ordered by the geometric mean of their time
+over the reference's. Rows of an earlier date are superseded by later lines for the same case.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ def _ranked(backends: dict[str, dict[str, float]], device: str) -> tuple[tuple[s
     for backend, cases in backends.items():
         shared = [case for case in cases if case in reference]
         if shared:
-            ratios.append((math.exp(sum(math.log(cases[c] / reference[c]) for c in shared) / len(shared)), backend, len(shared)))
+            ratios.append(
+                (math.exp(sum(math.log(cases[c] / reference[c]) for c in shared) / len(shared)), backend, len(shared))
+            )
     return tuple(
         (backend, f"{1 / ratio:.2f}× the reference over {count} recorded case{'s' * (count > 1)} on {device}")
         for ratio, backend, count in sorted(ratios)

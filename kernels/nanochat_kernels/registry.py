@@ -1,10 +1,11 @@
 """Ops, their backends, and the plan that says which backend runs.
 
-An `Op` is declared once, in the file that bears its name: a torch reference, further backends by name, cases, cost and
-tolerance. The correctness run, the generic tests, the kernel benchmark and the tables in the docs are derived from it.
+An `Op` is declared once, in the file that bears its name: a torch reference, further backends by name, cases, cost
+and tolerance. The correctness run, the generic tests, the kernel benchmark and the tables in the docs are derived
+from it.
 
-A `KernelPlan` is an immutable table op → (backend, proven, reason). It is made once, from the device, the compute dtype,
-the mode and what the user asked for, and handed down to whoever computes; there is no global switch.
+A `KernelPlan` is an immutable table op → (backend, proven, reason). It is made once, from the device, the compute
+dtype, the mode and what the user asked for, and handed down to whoever computes; there is no global switch.
 
     auto            the fastest backend with recorded measurements on this class of device, else the conservative one
     torch           the references
@@ -42,7 +43,7 @@ class KernelUnavailable(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One input of an op. `make(device, dtype, generator)` returns (args, kwargs); size is "small", "odd" or "model"."""
+    """An input of an op. `make(device, dtype, generator)` gives (args, kwargs); size is "small", "odd" or "model"."""
 
     name: str
     make: Callable[[torch.device, torch.dtype, torch.Generator], tuple[tuple, dict]]
@@ -60,7 +61,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """A backend's error may be `factor` × the reference's own error in the same dtype, or the dtype's floor if larger.
+    """A backend's error may be `factor` × the reference's own error in the same dtype, or the dtype's floor if
+    larger.
 
     Errors are measured against the reference in float64. The floors are about one rounding of a result: they matter
     where the reference happens to be exact.
@@ -93,9 +95,10 @@ class Op:
 
     torch: the reference, also the backend of that name. Further backends are keyword arguments: a callable, or
     "module:function" imported when chosen. available[backend](place) returns None or the reason why it cannot run.
-    cases() yields `Case`s; cost(args, kwargs) returns `Cost`. differentiable names the arguments with gradients, mutates
-    those that are updated in place (they are then the op's results). auto lists (backend, applies(place), reason): the
-    first that applies is what `auto` takes without measurements; custom names the backends that `fused` takes, best first.
+    cases() yields `Case`s; cost(args, kwargs) returns `Cost`. differentiable names the arguments with gradients,
+    mutates those that are updated in place (they are then the op's results). auto lists (backend, applies(place),
+    reason): the first that applies is what `auto` takes without measurements; custom names the backends that `fused`
+    takes, best first.
     """
 
     def __init__(
@@ -160,7 +163,7 @@ def _op_by_name(name: str) -> Op:
     return OPS[name]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _trial(name: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Import a backend and run its first small case against the reference: None, or what went wrong."""
     from nanochat_kernels import verify
@@ -188,6 +191,9 @@ class KernelPlan:
 
     Hashable, comparable and picklable by its choices. The callables are bound when the plan is made.
     """
+
+    _table: tuple[tuple[str, Choice], ...]
+    _where: str
 
     def __init__(self, choices: Mapping[str, Choice], where: str = "reference") -> None:
         from nanochat_kernels import OPS
@@ -325,4 +331,4 @@ def _automatic(op: Op, place: Place, proven: tuple[tuple[str, str], ...]) -> Cho
         if refusal is None:
             return Choice(backend, False, reason)
         refusals.append(f"{backend}: {refusal}")
-    return Choice(REFERENCE, False, "; ".join(refusals) or "no measurement on this device; the reference is the safe choice")
+    return Choice(REFERENCE, False, "; ".join(refusals) or "no measurement here; the reference is the safe choice")

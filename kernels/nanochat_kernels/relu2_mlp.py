@@ -2,8 +2,8 @@
 
     da = dy·W_proj        dh = 2·relu(h)·da        dx = dh·W_fc        dW_proj = dyᵀ·a        dW_fc = dhᵀ·x
 
-Only relu(h) need be kept for the backward pass: its square gives a, and its sign the mask. Compute-bound; the point of a
-fused kernel is that the square costs no pass over memory of its own.
+Only relu(h) need be kept for the backward pass: its square gives a, and its sign the mask. Compute-bound; the point
+of a fused kernel is that the square costs no pass over memory of its own.
 """
 
 from __future__ import annotations

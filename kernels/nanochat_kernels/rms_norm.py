@@ -3,11 +3,13 @@
     mixed = scale·(x + delta) + other_scale·other          absent terms drop out
     y     = mixed · (mean(mixed²) + ε)^-½                  mean over the last dimension, ε = 2⁻²³ in every dtype
 
-One op serves every norm of the model: after the embedding (x alone), at the entry of a block (delta is the previous MLP's
-output, scale and other_scale the learned mix with x0), before the MLP (delta is attention's output), and before the head
-(other is the mid-depth stream, subtracted). Both results are needed: y feeds the matrix products, mixed is the new stream.
+One op serves every norm of the model: after the embedding (x alone), at the entry of a block (delta is the previous
+MLP's output, scale and other_scale the learned mix with x0), before the MLP (delta is attention's output), and before
+the head (other is the mid-depth stream, subtracted). Both results are needed: y feeds the matrix products, mixed is
+the new stream.
 
-Memory-bound: a fused kernel reads each input once and writes two tensors; torch in eager mode makes four to eight passes.
+Memory-bound: a fused kernel reads each input once and writes two tensors; torch in eager mode makes four to eight
+passes.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def rms_norm_reference(
     other: Tensor | None = None,
     other_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, mixed), both (..., C) in x's dtype. delta and other: like x; the scales: 0-d or one element, any float dtype.
+    """(y, mixed), both (..., C) in x's dtype. delta and other: like x; the scales: 0-d or one element, any float
+    dtype.
 
     A scale's precision follows torch's promotion: a 0-d float32 tensor does not widen a bf16 one.
     """

@@ -2,9 +2,10 @@
 
     token = argmax_v (z_v/τ + G_v)  over the tokens that survive,    G_v = −log(−log u_v)
 
-is a draw from softmax(z/τ) without a sum or a search. u comes from Philox-4x32-10 (Salmon et al., SC 2011, "Parallel random
-numbers: as easy as 1, 2, 3") keyed by the row's seed and counted by (token, position): a row's draw depends on nothing else
-in the batch, and integers make it the same on every device. The int64 arithmetic below wraps and is masked to 32 bits.
+is a draw from softmax(z/τ) without a sum or a search. u comes from Philox-4x32-10 (Salmon et al., SC 2011, "Parallel
+random numbers: as easy as 1, 2, 3") keyed by the row's seed and counted by (token, position): a row's draw depends on
+nothing else in the batch, and integers make it the same on every device. The int64 arithmetic below wraps and is
+masked to 32 bits.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ def sample_reference(
 ) -> Tensor:
     """(B,) int64 tokens from logits (B, V) float32, seeds and positions (B,) int64.
 
-    temperature (B,) float32, 0 is greedy; top_k (B,) int64, 0 is off; top_p (B,) float32, 1 is off; min_p (B,) float32, 0 is
-    off. Applied in this order, each on what the one before left. The most probable token always survives.
+    temperature (B,) float32, 0 is greedy; top_k (B,) int64, 0 is off; top_p (B,) float32, 1 is off; min_p (B,)
+    float32, 0 is off. Applied in this order, each on what the one before left. The most probable token always
+    survives.
     """
     greedy = temperature <= 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]

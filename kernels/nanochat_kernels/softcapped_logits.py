@@ -15,13 +15,17 @@ from nanochat_kernels.numerics import normal, wide
 from nanochat_kernels.registry import Case, Cost, Op
 
 
-def softcapped_logits_reference(x: Tensor, weight: Tensor, vocab_size: int | None = None, softcap: float = 15.0) -> Tensor:
+def softcapped_logits_reference(
+    x: Tensor, weight: Tensor, vocab_size: int | None = None, softcap: float = 15.0
+) -> Tensor:
     """float32 (..., vocab_size) from x (..., C) and weight (padded vocabulary, C) in any float dtype."""
     logits = F.linear(x, weight[:vocab_size].to(x.dtype))
     return softcap * torch.tanh(wide(logits) / softcap)
 
 
-def softcapped_logits_inplace(x: Tensor, weight: Tensor, vocab_size: int | None = None, softcap: float = 15.0) -> Tensor:
+def softcapped_logits_inplace(
+    x: Tensor, weight: Tensor, vocab_size: int | None = None, softcap: float = 15.0
+) -> Tensor:
     """The reference with one buffer: at large batches the logits are the largest tensor of a decode step."""
     logits = wide(F.linear(x, weight[:vocab_size].to(x.dtype)))
     return logits.div_(softcap).tanh_().mul_(softcap)

@@ -1,11 +1,14 @@
 """The correctness run: every backend of every op, over its cases, against the reference.
 
-The truth is the reference evaluated in float64 on the same inputs. A backend's error, for each result and each gradient, may
-be a small factor of the error that the reference makes in the case's own dtype (see `Tolerance`). Errors are taken element by
-element, |a − b| / (|b| + rms(b)), and the largest counts, so that one wrong element in a large tensor is seen. A gradient
-that vanishes in truth is measured by its largest sibling instead of by its own rms. Integers must be equal. Fresh memory is filled with NaN, and so are the gaps between strided inputs: what is read unwritten shows.
+The truth is the reference evaluated in float64 on the same inputs. A backend's error, for each result and each
+gradient, may be a small factor of the error that the reference makes in the case's own dtype (see `Tolerance`).
+Errors are taken element by element, |a − b| / (|b| + rms(b)), and the largest counts, so that one wrong element in a
+large tensor is seen. A gradient that vanishes in truth is measured by its largest sibling instead of by its own rms.
+Integers must be equal. Fresh memory is filled with NaN, and so are the gaps between strided inputs: what is read
+unwritten shows.
 
-    python -m nanochat_kernels.verify [--ops rms_norm attention] [--backends sdpa] [--device cuda] [--sizes small odd model]
+    python -m nanochat_kernels.verify [--ops rms_norm attention] [--backends sdpa] [--device cuda] [--sizes small odd
+    model]
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import inspect
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +34,7 @@ REFERENCE_FACTOR = 64  # the reference's own error in a dtype may be this many o
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. error and tolerance belong to `quantity`, the result or gradient that came closest to its limit."""
+    """One comparison. error and tolerance are those of `quantity`, the result or gradient nearest its limit."""
 
     op: str
     backend: str
@@ -65,7 +69,7 @@ def run(
 
     device = torch.device(device)
     sizes = sizes or (["small", "odd"] if device.type == "cpu" else ["small", "odd", "model"])
-    rows = []
+    rows: list[Row] = []
     for name in ops or list(OPS):
         op = OPS[name]
         for backend in op.backends:
@@ -99,8 +103,8 @@ def check(op: Op, backend: str, case: Case, device: torch.device, dtype: torch.d
     try:
         with nan_poisoned_memory():
             result = plain if backend == REFERENCE else evaluate(op, op.load(backend), bound)
-    except Exception as error:
-        message = f"raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except Exception as raised:
+        message = f"raised {type(raised).__name__}: {str(raised).splitlines()[0] if str(raised) else ''}"
         return Row(op.name, backend, case.name, _name(dtype), message, float("inf"), 0.0, "fail")
     worst = Row(op.name, backend, case.name, _name(dtype), "", 0.0, 0.0, "pass")
     closest = -1.0
@@ -171,8 +175,6 @@ def nan_poisoned_memory() -> Iterator[None]:
     """Within, torch.empty and its kin hand out NaN (largest integers, for integers)."""
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
