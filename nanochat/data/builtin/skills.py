@@ -4,7 +4,8 @@ What the model has to learn is to copy operands and to pick the expression, so p
 Copying is easy for attention only if the tokens are the same in the question and in the expression. Digits always are (they
 split off in pairs). A word is not: after a blank it begins another token than after a quotation mark. Hence an
 unquoted word is written into the expression with its blank, `" lantern".count("n")`: the same tokens, whatever the
-vocabulary, and the same count.
+vocabulary, and the same count. A quoted word keeps its form; no token of a vocabulary learned here joins a quotation mark
+to a small letter, so its tokens are the same too.
 """
 
 # ruff: noqa: E501 (tables of sentences, one to a line)

@@ -2,12 +2,13 @@
 
 Each plot has a want, an obstacle and an ending that follows from both, so a reader (and a model) can follow it. Slots:
 {n} {he} {him} {his} the hero, {m} {he2} {him2} {his2} the friend, {pet} the hero's animal by name, {home} {job} {hobby}
-of the hero, {thing} an object, {food}, {place} and {spot}, {beast} a wild animal.
+of the hero, {house} the home once it is known, {thing} an object, {food}, {place} and {spot}, {beast} a wild animal.
 """
 
 # ruff: noqa: E501 (tables of sentences, one to a line)
 
 import random
+import re
 from dataclasses import dataclass
 
 from nanochat.data.builtin.templates import fill, prose
@@ -55,7 +56,7 @@ PLOTS = (
         [It had been a gift from {m}, and {n} loved it.|{he} had played with it the day before.|{he} never went anywhere without it.]
         {he} looked [under the bed|behind the door|in every pocket], but it was not there.
         "[Where did you last have it|When did you last see it]?" asked {m}.
-        {n} [thought for a while|closed {his} eyes and thought|scratched {his} head]. "[I think I had it|I took it with me] at {place}," {he} said.
+        {n} [thought for a while|closed {his} eyes and thought|scratched {his} head]. "[I think I had it|I played with it] at {place}," {he} said.
         So the two friends [walked|ran|hurried] to {place}.
         They [searched|looked] [everywhere|for an hour|until their feet hurt].
         [At last|Then|Suddenly], {m} saw something [shine|move|bright] {spot}.
@@ -63,7 +64,7 @@ PLOTS = (
         "[Thank you|You have sharp eyes], {m}," {he} said. "[Two pairs of eyes are better than one|I could not have found it without you]."
         """),
     _plot("a storm", "The Storm", """
-        {opening} {n} and {m} [walked|went] to {place} to [look for berries|have a picnic|gather wood].
+        {opening} {n} and {m} [walked|went] to {wild} to [look for berries|have a picnic|gather wood].
         [At first the sky was blue|The sun was warm when they left|There was no cloud in the sky].
         Then the wind [began to howl|grew strong], and [dark clouds came|the sky turned black].
         "[We must find shelter|We cannot get home in time]!" [cried|shouted] {m}.
@@ -95,7 +96,7 @@ PLOTS = (
         "[It is only the night|I am not alone|One step at a time]," {he} [whispered|told {himself}].
         [Step by step|Slowly|Bit by bit], {he} came to {place}, and there {he} found {m} [sitting on a stone|next to an old wall|under a tree].
         "[You came|I knew that you would come]!" said {m}. "[Were you not afraid|But were you not afraid|Did the dark not scare you]?"
-        "[I was very afraid|I was]," said {n}, "but [you needed me|I was more afraid for you]."
+        "[I was very afraid|Yes, I was afraid]," said {n}, "but [you needed me|I was more afraid for you]."
         From that night on, the dark was [not so dark any more|only half as dark].
         """),
     _plot("telling the truth", "The Broken {Thing}", """
@@ -110,13 +111,13 @@ PLOTS = (
         The {thing} [did not look new|had a few cracks now], but [both liked it even more than before|it worked again].
         """),
     _plot("a lost animal", "The Little {Beast}", """
-        {opening} {n} heard a [soft|small|sad] cry near {place}.
+        {opening} {n} heard a [soft|small|sad] cry near {wild}.
         {spot} sat a little {beast}, all alone. [It was cold and hungry.|It had lost its mother.]
-        {n} [wrapped it in {his} coat|took it in {his} arms] and [carried it home|brought it home] to {home}.
+        {n} [wrapped it in {his} coat|took it in {his} arms] and [carried it home|brought it home] to {house}.
         [{pet} the {petkind} was jealous at first, but soon they were friends.|{pet} the {petkind} kept it warm all night.]
         {n} gave it [water and {food}|{food} every day], and it [grew strong|felt better each day].
-        "[It is happy here|You could keep it]," said {m}. "[But its mother will be looking for it|But does it not belong in the wild]?"
-        {n} [knew that this was true|nodded slowly]. The next day, they [took it back|went back] to {place}.
+        "[It is happy here|You could keep it]," said {m}. "[But its mother must be looking for it.|But does it not belong in the wild?]"
+        {n} [knew that this was true|nodded slowly]. The next day, they [took it back|went back with it] to {wild}.
         They waited [very quietly|behind a tree]. [After a while|At sunset], a big {beast} came out of the grass.
         The little one [ran to its mother|jumped with joy]. It looked back [once|one last time], as if to say thank you.
         {n} [was a little sad|had tears in {his} eyes], but {he} knew that {he} had done the right thing.
@@ -135,7 +136,7 @@ PLOTS = (
     _plot("a seed", "The Small Seed", """
         {opening} {n} found a [tiny|strange|round] seed {spot}.
         "[What will it become|What can it be]?" {he} asked. "[Plant it and see|There is only one way to find out]," said {m}.
-        So {n} [dug a hole|made a little bed of soil] near {home} and put the seed into it.
+        So {n} [dug a hole|made a little bed of soil] near {house} and put the seed into it.
         {he} gave it water every [day|morning]. [A week passed|Two weeks went by], and nothing happened.
         "[Maybe it is dead|It will never grow]," said {n}. "[Be patient|Good things take time]," said {m}.
         [Then one day|At last], a green [leaf|tip] [came out of the earth|looked out of the ground].
@@ -144,7 +145,7 @@ PLOTS = (
         {n} [kept some of its seeds|put its seeds into a jar] and gave one to [everyone in town|every friend {he} had].
         """),
     _plot("a birthday", "A Gift for {m}", """
-        {opening} {n} remembered that it was {m}'s birthday [the next day|soon|in two days].
+        {opening} {n} remembered that {m}'s birthday was [the next day|coming soon|in two days].
         {he} wanted to give {him2} something [special|nice], but {he} had [no money|only one coin].
         {he} [went to|looked around] the market, but [everything cost too much|nothing was right].
         {n} [sat down and thought|went home with empty hands]. Then {he} [had an idea|smiled].
@@ -166,7 +167,7 @@ PLOTS = (
         "[We learned more from the first boat|The first boat was a good teacher]," said {n}.
         """),
     _plot("a strange noise", "The Noise at Night", """
-        {opening} there was a strange noise [in|near] {home}.
+        {opening} there was a strange noise [in|near] {house}.
         [Tap, tap, tap|Scratch, scratch, scratch|Thump, thump, thump], it went. {n} [sat up in bed|held {his} breath].
         "[Is someone there|Who is there]?" {he} called. [Nobody answered.|The noise stopped, then it began again.]
         {n} [fetched|ran to] {m}, and together they [took a lamp|lit a candle] and [looked outside|went to look].
@@ -204,13 +205,14 @@ PLOTS = (
         At {place2} they found [another letter|a second letter]. "[Look {spot2}|You are close. Look {spot2}]," it said.
         They looked, and there was a box with a {thing} in it, [and a note|and a last letter].
         "[For the ones who go together|A treasure is for sharing]," the note said. It was from [the mayor|an old neighbor], who [liked riddles|loved a good game].
-        {n} and {m} [took turns with the {thing}|kept the {thing} at {home}, where both could use it].
+        {n} and {m} [took turns with the {thing}|kept the {thing} at {house}, where both could use it].
         The next day they [wrote a letter of their own|hid a new letter] for [the next finder|someone else to find].
         """),
 )  # fmt: skip
 
 ENDINGS = ("", "", "", "[And that is the end.|The end.]", "[It was a good day|That was a day to remember] in " + TOWN + ".",
-           "{n} [never forgot that day|often told this story].", "{n} and {m} are [best of friends|good friends] to this day.")  # fmt: skip
+           "{n} [never forgot that day|often told this story].", "{n} and {m} are [the best of friends|good friends] to this day.")  # fmt: skip
+WILD = ("the forest", "the lake", "the river", "the hill")
 INSTRUMENTS = ("flute", "drum", "violin", "trumpet", "harp")
 
 
@@ -225,7 +227,7 @@ def _slots(plot: Plot, hero: Person, friend: Person, rng: random.Random, thing: 
         "pet": hero.pet_name, "petkind": hero.pet, "home": hero.home, "job": hero.job, "hobby": hero.hobby,
         "trait": hero.trait, "color2": friend.color, "food2": friend.food,
         "thing": thing, "Thing": thing.title(), "food": rng.choice(FOODS), "beast": beast, "Beast": beast.title(),
-        "place": place, "place2": place2, "spot": spot, "spot2": spot2, "town": TOWN,
+        "place": place, "wild": rng.choice(WILD), "house": re.sub("^a ", "the ", hero.home), "place2": place2, "spot": spot, "spot2": spot2, "town": TOWN,
         "instrument": rng.choice(INSTRUMENTS), "opening": rng.choice(OPENINGS),
     }  # fmt: skip
 
