@@ -107,10 +107,10 @@ def state_from_nanochat(state: Mapping[str, Tensor], config: GPTConfig | None = 
     With `config`, tables that were written without padding get their missing rows, as zeros.
     """
     ours = {our_name(name): tensor for name, tensor in state.items() if name.split(".")[-1] not in ("cos", "sin")}
-    for name in _TABLES if config is not None else ():
-        missing = config.padded_vocab_size - ours[name].size(0) if name in ours else 0
-        if 0 < missing and ours[name].size(0) == config.vocab_size:
-            ours[name] = F.pad(ours[name], (0, 0, 0, missing))
+    if config is not None:
+        for name in _TABLES:
+            if name in ours and ours[name].size(0) == config.vocab_size:
+                ours[name] = F.pad(ours[name], (0, 0, 0, config.padded_vocab_size - config.vocab_size))
     return ours
 
 

@@ -28,7 +28,7 @@ class GPTConfig:
     head_dim: int = 128
     window_pattern: str = "SSSL"
     architecture: Architecture = "2026"
-    bf16_rotary: bool = False  # rotary tables rounded to bfloat16 whatever the compute dtype, as in the first checkpoints
+    bf16_rotary: bool = False  # rotary tables hold bfloat16 values whatever the compute dtype, as at first
 
     @classmethod
     def from_depth(
