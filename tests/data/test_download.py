@@ -208,7 +208,8 @@ def test_server_without_validators_is_not_trusted_with_ranges(server, target):
 
 
 def test_wrong_range_is_refused(server, target):
-    fetch(server, target, Fault(truncate=HALF), Fault(shift=7))
+    ranges = fetch(server, target, Fault(truncate=HALF), Fault(shift=7))
+    assert ranges == [None, f"bytes={HALF}-", None]
     assert_good(target)
 
 
