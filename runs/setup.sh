@@ -51,9 +51,12 @@ make_environment() {
   ENVIRONMENT=$("$PYTHON" -c 'import sys; print(sys.prefix)') || die "NANOCHAT_PYTHON=$PYTHON does not run"
 }
 
-install() {
-  if have uv; then uv pip install -q --python "$PYTHON" ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"} "$@"
-  else "$PYTHON" -m pip install -q ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"} "$@"
+pip_install() {
+  local quiet=-q
+  [ -t 1 ] && [ "$1" = --show ] && quiet=
+  [ "$1" = --show ] && shift
+  if have uv; then uv pip install $quiet --python "$PYTHON" ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"} "$@"
+  else "$PYTHON" -m pip install $quiet ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"} "$@"
   fi
 }
 
@@ -84,19 +87,19 @@ install_torch() {
   local index
   index=$(torch_index)
   say "installing torch from ${index:-the default package index} (the largest download, a few minutes)"
-  install 'torch>=2.11' 'numpy<2.4' ${index:+--index-url "$index"}
+  pip_install --show 'torch>=2.11' 'numpy<2.4' ${index:+--index-url "$index"}
 }
 
 install_package() {
   say "installing nanochat"
-  install 'setuptools>=77,<82' wheel ninja pybind11 maturin
+  pip_install 'setuptools>=77,<82' wheel ninja pybind11 maturin
   have c++ || have g++ || have clang++ || say "no C++ compiler: building without extensions (the torch backends serve every op)"
-  install --no-build-isolation -e .
+  pip_install --no-build-isolation -e .
 }
 
 install_test_tools() {
   say "installing the test tools"
-  install --no-build-isolation -e '.[dev]'
+  pip_install --no-build-isolation -e '.[dev]'
 }
 
 install_tokenizer() {
@@ -109,7 +112,7 @@ install_tokenizer() {
   fi
   have cc || die "the tokenizer needs a C compiler to link with (Debian, Ubuntu: apt-get install build-essential; macOS: xcode-select --install)"
   say "building the tokenizer"
-  install --no-build-isolation --force-reinstall --no-deps ./rustbpe
+  pip_install --no-build-isolation --force-reinstall --no-deps ./rustbpe
 }
 
 [ -d "$HOME/.cargo/bin" ] && PATH=$PATH:$HOME/.cargo/bin

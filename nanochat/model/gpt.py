@@ -16,11 +16,13 @@ one pass over memory in every backend. The hot operations come from a KernelPlan
 Shape suffixes: B rows, T tokens, C width, H query heads, G key/value heads, D head size, V vocabulary, S cache slots.
 """
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.errors import UsageError
 from nanochat.model.config import GPTConfig
@@ -169,12 +171,16 @@ class GPT(nn.Module):
 
     `dtype` is the compute dtype of activations and embedding tables (float16 keeps its tables in float32, whose
     gradients the loss scaler can unscale). Everything else is a float32 master weight.
+
+    Setting `checkpoint_activations` keeps only what flows between blocks for the backward pass and computes the inside
+    of each block a second time: about a third more work for a small part of the memory, with the same gradients.
     """
 
     def __init__(self, config: GPTConfig, plan: KernelPlan | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         plan = KernelPlan.reference() if plan is None else plan
         self.config, self.plan, self.dtype = config, plan, dtype
+        self.checkpoint_activations = False
         rows, table_dtype = config.padded_vocab_size, torch.float32 if dtype == torch.float16 else dtype
         self.wte = Embedding(rows, config.width, table_dtype)
         self.blocks = nn.ModuleList(Block(config, i, plan) for i in range(config.layers))
@@ -212,7 +218,7 @@ class GPT(nn.Module):
         bound = (3.0 / self.config.width) ** 0.5  # a uniform draw with the standard deviation 1/√C
         draw(self.wte.weight, std=0.8)
         draw(self.lm_head.weight, std=0.001)
-        for block in self.blocks:
+        for block in cast("Iterable[Block]", self.blocks):
             for linear in (block.attn.q, block.attn.k, block.attn.v):
                 draw(linear.weight, -bound, bound)
             draw(block.mlp.fc.weight, -0.4 * bound, 0.4 * bound)
@@ -220,7 +226,7 @@ class GPT(nn.Module):
             block.mlp.proj.weight.zero_()
             if block.attn.gate is not None:
                 draw(block.attn.gate.weight, 0.0, 0.02)
-        for table in self.value_embeds.values():
+        for table in cast("Iterable[nn.Embedding]", self.value_embeds.values()):
             draw(table.weight, -bound, bound)
         if self.config.is_current:
             ramp = torch.arange(self.config.layers, dtype=torch.float64) / max(self.config.layers - 1, 1)
@@ -270,7 +276,11 @@ class GPT(nn.Module):
             scales = (self.resid_scale[i], self.x0_scale[i]) if config.is_current else None
             first = x0 if config.is_current else None
             cached = () if cache is None else (cache, i)  # a layer number would compile every block anew in training
-            x, delta = block(x, delta, first, scales, rope, ve, config.windows[i], *cached)
+            arguments = (x, delta, first, scales, rope, ve, config.windows[i], *cached)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x, delta = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, delta = block(*arguments)
             if i == config.middle_layer:
                 middle = x + delta
         if not config.is_current:
