@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanochat_kernels.numerics import normal
-from nanochat_kernels.registry import Case, Cost, Op
+from nanochat_kernels.registry import Case, Cost, Op, Place
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -34,13 +34,31 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """(B, vocab_size) float32 Gumbel noise. Token v takes word v mod 4 of counter (v div 4, 0, position low, high)."""
+def gumbel(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """(B, K) float32 Gumbel noise for token ids (B, K) or (K,).
+
+    Token v has word v mod 4 of counter (v div 4, 0, position).
+    """
+    seeds, positions = seeds[:, None], positions[:, None]
+    index = tokens.expand(seeds.size(0), -1)
+    zero = torch.zeros_like(index)
+    counter = (index >> 2, zero, positions & MASK, (positions >> 32) & MASK)
+    words = philox(counter, (seeds & MASK, (seeds >> 32) & MASK))
+    bits = torch.stack(words, dim=-1).gather(-1, (index & 3).unsqueeze(-1)).squeeze(-1)
+    return _noise(bits)
+
+
+def gumbel_of_all(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """The noise of every token, (B, vocab_size), at a quarter of the work: all four words of each counter are used."""
     seeds, positions = seeds[:, None], positions[:, None]
     index = torch.arange(-(-vocab_size // 4), device=seeds.device)[None, :]
     zero = torch.zeros_like(index)
-    words = philox((index, zero, positions & MASK, (positions >> 32) & MASK), (seeds & MASK, (seeds >> 32) & MASK))
-    bits = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
+    counter = (index, zero, positions & MASK, (positions >> 32) & MASK)
+    words = philox(counter, (seeds & MASK, (seeds >> 32) & MASK))
+    return _noise(torch.stack(words, dim=-1).flatten(1)[:, :vocab_size])
+
+
+def _noise(bits: Tensor) -> Tensor:
     # u = 1 − w with w in (0, 1): log1p keeps full precision for the small w that make the large, winning values.
     w = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-w))
@@ -62,20 +80,66 @@ def sample_reference(
     float32, 0 is off. Applied in this order, each on what the one before left. The most probable token always
     survives.
     """
-    greedy = temperature <= 0
-    scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.size(1), device=logits.device)
-    limit = torch.where(top_k > 0, top_k, logits.size(1))[:, None]
+    ordered, order = _scaled(logits, temperature).sort(dim=-1, descending=True, stable=True)
+    noise = gumbel_of_all(seeds, positions, logits.size(1)).gather(1, order)
+    drawn = order.gather(1, _pick(ordered, noise, top_k, top_p, min_p)).squeeze(1)
+    return torch.where(temperature <= 0, logits.argmax(dim=-1), drawn)
+
+
+def sample_selective(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+) -> Tensor:
+    """The reference without the sort, and noise only for tokens that can win, where the batch as a whole allows it.
+
+    Looks at the parameters on the host: a synchronization anywhere but on a CPU.
+    """
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    if bool((temperature <= 0).all()):
+        return logits.argmax(dim=-1)
+    scaled = _scaled(logits, temperature)
+    if bool(((top_k <= 0) & (top_p >= 1) & (min_p <= 0) | (temperature <= 0)).all()):
+        drawn = (scaled + gumbel_of_all(seeds, positions, logits.size(1))).argmax(dim=-1)
+        return torch.where(temperature <= 0, logits.argmax(dim=-1), drawn)
+    widest = int(top_k.max())
+    if not (0 < widest < logits.size(1) // 4 and bool(((top_k > 0) | (temperature <= 0)).all())):
+        return sample_reference(logits, seeds, positions, **options)
+    # Candidates beyond the k-th, so that whatever equals it is among them: equal logits go by token id, as in the sort.
+    candidates = scaled.topk(min(2 * widest + 64, logits.size(1)), dim=-1)
+    if bool((candidates.values[:, widest - 1] == candidates.values[:, -1]).any()):
+        return sample_reference(logits, seeds, positions, **options)
+    order = candidates.indices.sort(dim=-1).values
+    ordered, rank = scaled.gather(1, order).sort(dim=-1, descending=True, stable=True)
+    order = order.gather(1, rank)
+    drawn = order.gather(1, _pick(ordered, gumbel(seeds, positions, order), top_k, top_p, min_p)).squeeze(1)
+    return torch.where(temperature <= 0, order[:, 0], drawn)
+
+
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
+    return logits.float() / torch.where(temperature <= 0, 1.0, temperature)[:, None]
+
+
+def _pick(ordered: Tensor, noise: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """(B, 1) the rank drawn, from logits in descending order and the noise of the same tokens."""
+    rank = torch.arange(ordered.size(1), device=ordered.device)
+    limit = torch.where(top_k > 0, top_k, ordered.size(1))[:, None]
     ordered = ordered.masked_fill(rank >= limit, -torch.inf)
     probability = ordered.softmax(dim=-1)
     before = probability.cumsum(dim=-1) - probability
     keep = (before < top_p[:, None]) | (top_p[:, None] >= 1)
     keep &= probability >= min_p[:, None] * probability[:, :1]
     keep |= rank == 0
-    noise = gumbel(seeds, positions, logits.size(1)).gather(1, order)
-    drawn = (ordered + noise).masked_fill(~keep, -torch.inf).argmax(dim=-1, keepdim=True)
-    return torch.where(greedy, logits.argmax(dim=-1), order.gather(1, drawn).squeeze(1))
+    return (ordered + noise).masked_fill(~keep, -torch.inf).argmax(dim=-1, keepdim=True)
+
+
+def _on_a_cpu(place: Place) -> str | None:
+    return None if place.device.type == "cpu" else "looks at the parameters on the host: for CPUs"
 
 
 def _cases() -> Iterator[Case]:
@@ -110,4 +174,12 @@ def _cost(args: tuple, kwargs: dict) -> Cost:
     return Cost(logits.numel() * logits.element_size(), 60 * logits.numel())
 
 
-sample = Op("sample", torch=sample_reference, cases=_cases, cost=_cost)
+sample = Op(
+    "sample",
+    torch=sample_reference,
+    selective=sample_selective,
+    available={"selective": _on_a_cpu},
+    auto=(("selective", lambda place: place.device.type == "cpu", "no sort, noise only for tokens that can win"),),
+    cases=_cases,
+    cost=_cost,
+)

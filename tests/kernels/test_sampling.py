@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat_kernels import OPS
-from nanochat_kernels.sample import gumbel, philox
+from nanochat_kernels.sample import gumbel, gumbel_of_all, philox
 
 
 @pytest.fixture(params=list(OPS["sample"].backends))
@@ -44,13 +44,13 @@ def test_philox_known_answers(counter, key, expected):
 
 
 def test_gumbel_moments():
-    noise = gumbel(torch.arange(64), torch.zeros(64, dtype=torch.int64), 4096).double()
+    noise = gumbel_of_all(torch.arange(64), torch.zeros(64, dtype=torch.int64), 4096).double()
     assert torch.isfinite(noise).all()
     assert abs(noise.mean() - 0.5772) < 0.01 and abs(noise.var() - torch.pi**2 / 6) < 0.02
 
 
 def test_gumbel_differs_by_seed_position_and_token():
-    a = gumbel(torch.tensor([1, 1, 2, 1 + (1 << 40)]), torch.tensor([0, 1 << 33, 0, 0]), 1001)
+    a = gumbel_of_all(torch.tensor([1, 1, 2, 1 + (1 << 40)]), torch.tensor([0, 1 << 33, 0, 0]), 1001)
     assert len({tuple(row.tolist()) for row in a}) == 4
     assert len(a[0].unique()) > 990
 
@@ -125,3 +125,27 @@ def test_masked_tokens_are_never_drawn(sample):
 
 def test_top_k_beyond_the_vocabulary(sample):
     assert draw(sample, torch.zeros(64, 5), top_k=100).unique().numel() == 5
+
+
+def test_noise_of_some_tokens_is_the_noise_of_all():
+    seeds, positions = torch.tensor([3, 1 << 50]), torch.tensor([7, 1 << 35])
+    tokens = torch.tensor([[0, 5, 1000], [999, 2, 2]])
+    some = gumbel(seeds, positions, tokens)
+    assert torch.equal(some, gumbel_of_all(seeds, positions, 1001).gather(1, tokens))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_backends_draw_the_same_tokens(sample, ties):
+    g = torch.Generator().manual_seed(5)
+    logits = torch.randn(64, 500, generator=g) * 3
+    if ties:
+        logits = logits.round()
+    for options in (
+        {},
+        {"top_k": 40},
+        {"top_k": 40, "top_p": 0.8},
+        {"top_p": 0.8},
+        {"min_p": 0.05, "temperature": 0.5},
+    ):
+        expected = draw(OPS["sample"].reference, logits, **options)
+        assert torch.equal(draw(sample, logits, **options), expected)
