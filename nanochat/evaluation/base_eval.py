@@ -49,7 +49,7 @@ class EvalConfig:
     batch_tokens: int = 0
     """Tokens of CORE prompts read together; 0 = 65,536 on CUDA, 8,192 elsewhere."""
     text: str | None = None
-    """Corpus for bits per byte: a source as in `nanochat data`, or a folder; by default what the model was trained on."""
+    """Corpus for bits per byte: a source as for `nanochat data`, or a folder; by default the one trained on."""
     eval_tokens: int = 0
     """Tokens of each split for bits per byte; 0 = 41,943,040 on CUDA, 131,072 elsewhere."""
     rows: int = 8
@@ -82,7 +82,7 @@ def run(config: EvalConfig) -> int:
     machine = runtime.start(config.device, config.dtype, config.seed)
     try:
         loaded = load(machine, config.stage, config.tag, config.step, config.kernels, mode="prefill")
-        console = Console(quiet=not machine.is_main, highlight=False, markup=False)
+        console = Console(quiet=not machine.is_main, highlight=False, markup=False, soft_wrap=True)
         console.print(f"{loaded.name}, on {machine.device} in {str(machine.dtype).removeprefix('torch.')}")
         found: dict[str, Any] = {"model": loaded.name, "step": loaded.step, "config": _plain(config)}
         if "samples" in config.chosen():

@@ -239,10 +239,10 @@ def run(config: ChatEvalConfig) -> int:
     try:
         loaded = load(machine, config.stage, config.tag, config.step, config.kernels)
         tasks, missing = load_tasks(config.tasks)
-        console = Console(quiet=not machine.is_main, highlight=False)
+        console = Console(quiet=not machine.is_main, highlight=False, markup=False, soft_wrap=True)
         console.print(f"{loaded.name}: {', '.join(task.name for task in tasks)}")
         for name, reason in missing.items():
-            console.print(f"without {name}: {reason}", markup=False)
+            console.print(f"without {name}: {reason}")
         engine, scores = loaded.engine(), []
         with Progress(console=Console(stderr=True), transient=True, disable=not machine.is_main) as bars:
             for task in tasks:
@@ -279,7 +279,7 @@ def run(config: ChatEvalConfig) -> int:
             results.write_json(path, content)
             results.record(loaded.stage, "chat_eval", content)
             checkpoint.annotate(loaded.folder, loaded.step, chat_core=content["chat_core"])
-            console.print(f"written to {path}", markup=False)
+            console.print(f"written to {path}")
     finally:
         runtime.stop(machine)
     return 0

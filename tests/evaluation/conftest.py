@@ -1,5 +1,6 @@
 """A tokenizer whose tokens are bytes, a small model whose weights all matter, and the folder of real data."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,23 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip(f"no real data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def make_bundle():
+    """Writes a bundle of two small tasks, of which one has no data, into a folder."""
+
+    def make(folder: Path) -> Path:
+        data = folder / "eval_data"
+        data.mkdir(parents=True)
+        rows = [{"query": f"{i}", "choices": ["a", "b"], "gold": i % 2} for i in range(12)]
+        (data / "choice.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (folder / "core.yaml").write_text(
+            "icl_tasks:\n"
+            "- {label: choice, dataset_uri: choice.jsonl, num_fewshot: [2], icl_task_type: multiple_choice}\n"
+            "- {label: absent, dataset_uri: no.jsonl, num_fewshot: [0], icl_task_type: schema}\n"
+        )
+        (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nchoice,50\nabsent,50\n")
+        return folder
+
+    return make
