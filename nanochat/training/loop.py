@@ -16,7 +16,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol
@@ -50,8 +50,16 @@ class MicroBatch(Protocol):
     def wait_seconds(self) -> float: ...
 
 
+def mean_loss(model: GPT, batch: MicroBatch) -> Tensor:
+    """Mean nats per target of one micro-batch: pretraining's loss, where every position has a target."""
+    return model(batch.inputs, batch.targets)
+
+
 class Stepper:
-    """Makes updates. `last_batch` is the batch that was used last; its state restarts the loader after it."""
+    """Makes updates. `last_batch` is the batch that was used last; its state restarts the loader after it.
+
+    `loss` maps the model and a micro-batch to a 0-d tensor; a step's loss is the mean over micro-batches and ranks.
+    """
 
     def __init__(
         self,
@@ -61,9 +69,11 @@ class Stepper:
         accumulation: int,
         runtime: Runtime,
         scaler: LossScaler | None = None,
+        loss: Callable[[GPT, Any], Tensor] | None = None,
     ) -> None:
         self.model, self.optimizer, self.batches = model, optimizer, batches
         self.accumulation, self.runtime, self.scaler = accumulation, runtime, scaler
+        self.loss = mean_loss if loss is None else loss
         self.parameters = list(model.parameters())
         self.last_batch: Any = None
 
@@ -78,7 +88,7 @@ class Stepper:
             self.last_batch = batch
             waited += batch.wait_seconds
             tokens += batch.inputs.numel() * self.runtime.world_size
-            loss = self.model(batch.inputs, batch.targets)
+            loss = self.loss(self.model, batch)
             if self.runtime.device.type == "cpu" and not math.isfinite(loss.item()):
                 raise self._forward_failed(step, loss.item(), batch)  # reading costs nothing here, weights are intact
             total = loss.detach() if total is None else total + loss.detach()
@@ -176,7 +186,7 @@ class Run:
     """Updates from `start` to `steps`. Intervals are in updates, 0 means only at the end (evaluate, sample: never).
 
     A checkpoint precedes an evaluation, which may run out of memory. SIGINT and SIGTERM let the step end, save, stop.
-    `utilization` gives a step's MFU as a fraction, or None where it is unknown.
+    `utilization` gives a step's MFU as a fraction, or None where it is unknown; `extras` more numbers of that step.
     """
 
     def __init__(
@@ -194,12 +204,13 @@ class Run:
         metrics: MetricsLog | None = None,
         average: LossAverage | None = None,
         utilization: Callable[[StepResult], float | None] = lambda result: None,
+        extras: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.stepper, self.rates, self.boundary = stepper, rates, boundary
         self.steps, self.start = steps, start
         self.save_every, self.eval_every, self.sample_every = save_every, eval_every, sample_every
         self.display, self.metrics, self.average = display, metrics, average or LossAverage()
-        self.utilization = utilization
+        self.utilization, self.extras = utilization, extras
         self.step_seconds = 0.0  # spent in updates by this process
 
     def train(self) -> bool:
@@ -248,6 +259,7 @@ class Run:
                 mfu=mfu,
                 loss_scale=result.loss_scale,
                 skipped=result.skipped or None,
+                **self.extras(),
             )
 
 

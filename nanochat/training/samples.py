@@ -32,16 +32,14 @@ def greedy(model: GPT, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tok
     first = [len(row) for row in rows]
     was_training = model.training
     model.eval()
-    with torch.compiler.set_stance("force_eager"):  # a shape of its own is not worth compiling
-        for _ in range(new_tokens):
-            growing = [row for row in rows if len(row) < length and (len(row) == 1 or row[-1] != bos)]
-            if not growing:
-                break
-            padded = torch.tensor([row + [bos] * (length - len(row)) for row in growing], device=model.device)
-            hidden = model.hidden(padded)
-            last = hidden[torch.arange(len(growing)), torch.tensor([len(row) - 1 for row in growing])]
-            for row, token in zip(growing, model.logits(last).argmax(-1).tolist(), strict=True):
-                row.append(token)
+    for _ in range(new_tokens):
+        growing = [row for row in rows if len(row) < length and (len(row) == 1 or row[-1] != bos)]
+        if not growing:
+            break
+        padded = torch.tensor([row + [bos] * (length - len(row)) for row in growing], device=model.device)
+        last = model.hidden(padded)[torch.arange(len(growing)), torch.tensor([len(row) - 1 for row in growing])]
+        for row, token in zip(growing, model.logits(last).argmax(-1).tolist(), strict=True):
+            row.append(token)
     model.train(was_training)
     ends = [row[1:-1] if len(row) > n and row[-1] == bos else row[1:] for row, n in zip(rows, first, strict=True)]
     return [tokenizer.decode(row) for row in ends]
