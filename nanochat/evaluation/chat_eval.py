@@ -134,7 +134,7 @@ def chat_core(scores: Sequence[TaskScore]) -> float:
     return sum(score.centered for score in scores) / len(scores)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_letters(
     model: GPT, tokenizer: Tokenizer, task: Task, indices: Sequence[int], batch_tokens: int, report: Report
 ) -> list[bool]:

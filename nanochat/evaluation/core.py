@@ -271,7 +271,7 @@ def is_correct(task: CoreTask, example: Example, rows: Sequence[tuple[float, boo
     return losses.index(min(losses)) == example["gold"]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_task(
     model: GPT,
     tokenizer: Tokenizer,

@@ -251,6 +251,7 @@ def converse(chat: Chat, read: Callable[[str], str]) -> None:
         try:
             text = read_message(read).strip()
         except EOFError:
+            chat.note("")
             return
         except KeyboardInterrupt:
             chat.note("(Ctrl-D or /quit ends the conversation)")

@@ -40,7 +40,7 @@ class Engine:
         self.model, self.tokenizer, self.tool = model, tokenizer, tool
         self.context = model.config.seq_len if context is None else context
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
@@ -62,7 +62,7 @@ class Engine:
     ) -> list[list[Completion]]:
         """The same without streaming: for every prompt, its answers."""
         done: dict[int, Completion] = {}
-        with torch.inference_mode():
+        with torch.no_grad():
             for row, event in self._run(prompts, params, samples):
                 if event.finish:
                     done[row.index] = row.completion()

@@ -147,6 +147,15 @@ def test_the_context_limit_ends_a_row_and_full_rows_stand_still(make_model, toke
         assert answer.tokens == from_scratch(engine.model.model, prompt, answer.tokens).argmax(-1).tolist()
 
 
+def test_a_model_that_has_generated_can_still_be_trained(make_model, tokenizer):
+    """Whatever generation leaves behind in the model (rotary tables, say) must serve a backward pass too."""
+    model = make_model(seed=9)
+    Engine(model, tokenizer).generate([[BOS, 1, 2]], replace(GREEDY, max_tokens=3))
+    ids = torch.arange(20)[None]
+    model(ids, ids).backward()
+    assert model.blocks[0].attn.q.weight.grad.abs().sum() > 0
+
+
 def test_penalties_change_what_is_drawn(make_model, tokenizer):
     engine = Engine(Scripted(make_model(), []), tokenizer)
     prompts = prompts_of(tokenizer, "abc", "abcdef")
