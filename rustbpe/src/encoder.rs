@@ -3,8 +3,9 @@
 use aho_corasick::{AhoCorasick, MatchKind};
 use std::sync::Mutex;
 
-use crate::cache::{self, WordCache, MAX_KEY};
+use crate::cache::{WordCache, MAX_IDS};
 use crate::merge::encode_piece;
+use crate::piece::{self, Piece, MAX_KEY, NO_KEY};
 use crate::split::Splitter;
 use crate::vocabulary::{FastMap, Vocabulary, MAX_ID};
 use crate::{invalid, parallel, Error};
@@ -127,31 +128,39 @@ impl Encoding {
 
     fn encode_ordinary<T: Id>(&self, cache: &mut WordCache, text: &str, out: &mut Vec<T>) -> Result<(), Error> {
         let bytes = text.as_bytes();
-        self.splitter.for_each(text, |start, end| {
-            if end - start > MAX_KEY {
-                return encode_piece(&self.vocabulary, &bytes[start..end], |id| out.push(T::from_id(id)));
-            }
-            let key = cache::pack(bytes, start, end);
-            match cache.get(key) {
-                Some(entry) => {
-                    // All three at once, then cut: no branch on the count.
-                    let length = out.len() + entry.count as usize;
-                    out.extend_from_slice(&entry.ids.map(T::from_id));
-                    out.truncate(length);
+        piece::for_each_group(
+            &self.splitter,
+            text,
+            cache,
+            |cache, hash| cache.prefetch(hash),
+            |cache, group| {
+                out.reserve(group.len() * MAX_IDS);
+                for piece in group {
+                    match cache.get(piece.key, piece.hash) {
+                        Some(entry) if piece.key != NO_KEY => {
+                            // All three at once, then cut: no branch on the count.
+                            let length = out.len() + entry.count as usize;
+                            out.extend_from_slice(&entry.ids.map(T::from_id));
+                            out.truncate(length);
+                        }
+                        _ => self.encode_new(cache, piece, &bytes[piece.start..piece.end], out),
+                    }
                 }
-                None => self.encode_new(cache, key, &bytes[start..end], out),
-            }
-        })
+            },
+        )
     }
 
     #[inline(never)]
-    fn encode_new<T: Id>(&self, cache: &mut WordCache, key: [u64; 2], piece: &[u8], out: &mut Vec<T>) {
+    fn encode_new<T: Id>(&self, cache: &mut WordCache, piece: &Piece, bytes: &[u8], out: &mut Vec<T>) {
+        if piece.key == NO_KEY {
+            return encode_piece(&self.vocabulary, bytes, |id| out.push(T::from_id(id)));
+        }
         let (mut ids, mut count) = ([0u32; MAX_KEY], 0);
-        encode_piece(&self.vocabulary, piece, |id| {
+        encode_piece(&self.vocabulary, bytes, |id| {
             ids[count] = id;
             count += 1;
         });
-        cache.insert(key, &ids[..count]);
+        cache.insert(piece.key, piece.hash, &ids[..count]);
         out.extend(ids[..count].iter().map(|id| T::from_id(*id)));
     }
 

@@ -17,6 +17,7 @@ pub mod cache;
 pub mod encoder;
 pub mod merge;
 pub mod parallel;
+pub mod piece;
 #[cfg(feature = "python")]
 mod python;
 pub mod split;

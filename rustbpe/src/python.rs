@@ -404,11 +404,7 @@ impl WordCounts {
 }
 
 /// Pulls texts from a Python iterator and hands them to the counting threads in batches.
-fn feed(
-    py: Python<'_>,
-    iterator: Bound<'_, pyo3::types::PyIterator>,
-    sender: &SyncSender<Vec<Text>>,
-) -> PyResult<()> {
+fn feed(py: Python<'_>, iterator: Bound<'_, pyo3::types::PyIterator>, sender: &SyncSender<Vec<Text>>) -> PyResult<()> {
     let (mut batch, mut size) = (Vec::new(), 0);
     // A closed channel means that all workers have failed; their errors say why.
     let send = |batch| py.detach(|| sender.send(batch)).is_ok();

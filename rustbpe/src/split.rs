@@ -25,9 +25,11 @@ use crate::unicode::{class_at, LETTER, NEWLINE, NUMBER, OTHER, SPACE};
 use crate::{invalid, Error};
 
 /// The pattern with at most two digits per number.
-pub const PATTERN_2: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+pub const PATTERN_2: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 /// The pattern with at most three digits per number.
-pub const PATTERN_3: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
+pub const PATTERN_3: &str =
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
 /// How text is cut: by hand for the two known patterns, by the regex engine for any other.
 #[derive(Clone)]
@@ -122,7 +124,7 @@ fn piece_end<const DIGITS: usize>(text: &[u8], start: usize) -> usize {
     let (class, length) = class_at(text, start);
     let next = start + length;
     match class {
-        LETTER => run_of(text, next, LETTER),
+        LETTER => letters(text, next),
         NUMBER => {
             let mut end = next;
             for _ in 1..DIGITS {
@@ -150,7 +152,7 @@ fn after_lead(text: &[u8], start: usize, next: usize, class: u8) -> usize {
                 return end;
             }
         }
-        return run_of(text, next + next_length, LETTER);
+        return letters(text, next + next_length);
     }
     if class == OTHER {
         return newlines(text, run_of(text, next, OTHER));
@@ -165,6 +167,41 @@ fn after_lead(text: &[u8], start: usize, next: usize, class: u8) -> usize {
 #[inline(always)]
 fn peek(text: &[u8], at: usize) -> Option<(u8, usize)> {
     (at < text.len()).then(|| class_at(text, at))
+}
+
+/// End of the run of letters that goes on at `at`.
+///
+/// Eight ASCII bytes at a time: the length of a word comes from counting zeros, not from a loop whose end the processor
+/// would have to guess.
+#[inline(always)]
+fn letters(text: &[u8], mut at: usize) -> usize {
+    while let Some(bytes) = text.get(at..at + 8) {
+        let found = not_ascii_letters(u64::from_le_bytes(bytes.try_into().expect("8 bytes")));
+        if found == 0 {
+            at += 8;
+            continue;
+        }
+        at += (found.trailing_zeros() / 8) as usize;
+        if text[at] < 0x80 {
+            return at;
+        }
+        match class_at(text, at) {
+            (LETTER, length) => at += length,
+            _ => return at,
+        }
+    }
+    run_of(text, at, LETTER)
+}
+
+/// The top bit of each byte that is no ASCII letter.
+#[inline(always)]
+fn not_ascii_letters(bytes: u64) -> u64 {
+    const EACH: u64 = 0x0101_0101_0101_0101;
+    // Lower case; then seven bits, so that no sum below carries into the next byte.
+    let lower = (bytes | 0x20 * EACH) & 0x7F * EACH;
+    let from_a = lower + (0x80 - b'a' as u64) * EACH;
+    let beyond_z = lower + (0x7F - b'z' as u64) * EACH;
+    (bytes | beyond_z | !from_a) & 0x80 * EACH
 }
 
 /// End of the run of `class` that goes on at `at`.

@@ -4,6 +4,7 @@
 //! token, and its rank is its id. So the pair table lists, for every token, *every* cut into two tokens, not just the
 //! cut that training made.
 
+use crate::merge::merge_piece;
 use crate::{invalid, Error};
 use std::collections::HashMap;
 
@@ -113,6 +114,9 @@ pub struct Vocabulary {
     by_bytes: FastMap<Box<[u8]>, u32>,
     byte_ids: [u32; 256],
     pairs: PairTable,
+    /// [`Vocabulary::join`] of any two bytes, without hashing: half of all look-ups.
+    byte_pairs: Vec<u32>,
+    joins_reach_all: bool,
 }
 
 impl Vocabulary {
@@ -157,7 +161,16 @@ impl Vocabulary {
             }
         }
         let pairs = PairTable::new(&pairs);
-        Ok(Self { blob, starts, by_bytes, byte_ids, pairs })
+        let every_two = (0..1 << 16).map(|two: usize| pairs.get(byte_ids[two >> 8], byte_ids[two & 255]));
+        let byte_pairs = every_two.collect();
+        let mut made = Self { blob, starts, by_bytes, byte_ids, pairs, byte_pairs, joins_reach_all: false };
+        let reached = made.tokens().filter(|(_, bytes)| bytes.len() <= 16).all(|(id, bytes)| {
+            let mut whole = false;
+            merge_piece(&made, bytes, NO_RANK, |part| whole = part == id);
+            whole
+        });
+        made.joins_reach_all = reached;
+        Ok(made)
     }
 
     /// From the merges of training: ids 0 to 255 are the bytes, merge `k` makes id 256 + k.
@@ -208,6 +221,18 @@ impl Vocabulary {
     #[inline(always)]
     pub fn join(&self, left: u32, right: u32) -> u32 {
         self.pairs.get(left, right)
+    }
+
+    /// The token that two neighboring bytes join into, or [`NO_RANK`].
+    #[inline(always)]
+    pub fn join_bytes(&self, left: u8, right: u8) -> u32 {
+        self.byte_pairs[(left as usize) << 8 | right as usize]
+    }
+
+    /// Whether joining the bytes of any token of at most 16 bytes gives that token: so it is after training.
+    #[inline(always)]
+    pub fn joins_reach_all(&self) -> bool {
+        self.joins_reach_all
     }
 
     /// All tokens in order of id.

@@ -4,7 +4,7 @@
 //! 24-byte entries of an open-addressing table; the rest go to an ordinary map. Counts are 64-bit. Threads count into
 //! tables of their own, merged at the end: a sum does not depend on who added first, so neither do the merges.
 
-use crate::cache::{hash, pack, MAX_KEY};
+use crate::piece::{self, hash, pack, prefetch, Key, MAX_KEY, NO_KEY};
 use crate::split::Splitter;
 use crate::vocabulary::FastMap;
 use crate::Error;
@@ -12,7 +12,7 @@ use crate::Error;
 #[derive(Clone, Copy, Default)]
 struct Slot {
     /// Packed piece; all zero when free.
-    key: [u64; 2],
+    key: Key,
     count: u64,
 }
 
@@ -52,13 +52,20 @@ impl WordCounts {
     /// Counts the pieces of one text.
     pub fn add_text(&mut self, splitter: &Splitter, text: &str) -> Result<(), Error> {
         let bytes = text.as_bytes();
-        splitter.for_each(text, |start, end| {
-            if end - start <= MAX_KEY {
-                self.add_key(pack(bytes, start, end), 1);
-            } else {
-                self.add_long(&bytes[start..end], 1);
-            }
-        })
+        piece::for_each_group(
+            splitter,
+            text,
+            self,
+            |counts, hash| prefetch(&counts.slots, hash as usize & (counts.slots.len() - 1)),
+            |counts, group| {
+                for piece in group {
+                    match piece.key {
+                        NO_KEY => counts.add_long(&bytes[piece.start..piece.end], 1),
+                        key => counts.add_key(key, piece.hash, 1),
+                    }
+                }
+            },
+        )
     }
 
     /// Adds `count` occurrences of `piece`.
@@ -66,22 +73,25 @@ impl WordCounts {
         match piece.len() {
             _ if count == 0 => {}
             0 => {}
-            1..=MAX_KEY => self.add_key(pack(piece, 0, piece.len()), count),
+            1..=MAX_KEY => {
+                let key = pack(piece, 0, piece.len());
+                self.add_key(key, hash(key), count);
+            }
             _ => self.add_long(piece, count),
         }
     }
 
     #[inline(always)]
-    fn add_key(&mut self, key: [u64; 2], count: u64) {
+    fn add_key(&mut self, key: Key, hash: u64, count: u64) {
         let mask = self.slots.len() - 1;
-        let mut at = hash(key) as usize & mask;
+        let mut at = hash as usize & mask;
         loop {
             let slot = &mut self.slots[at & mask];
             if slot.key == key {
                 slot.count += count;
                 return;
             }
-            if slot.key == [0; 2] {
+            if slot.key == NO_KEY {
                 *slot = Slot { key, count };
                 break;
             }
@@ -97,9 +107,9 @@ impl WordCounts {
     fn grow(&mut self) {
         let size = self.slots.len() * 2;
         let old = std::mem::replace(&mut self.slots, vec![Slot::default(); size]);
-        for slot in old.into_iter().filter(|slot| slot.key != [0; 2]) {
+        for slot in old.into_iter().filter(|slot| slot.key != NO_KEY) {
             let mut at = hash(slot.key) as usize & (size - 1);
-            while self.slots[at].key != [0; 2] {
+            while self.slots[at].key != NO_KEY {
                 at = (at + 1) & (size - 1);
             }
             self.slots[at] = slot;
@@ -121,8 +131,8 @@ impl WordCounts {
             let smaller = std::mem::replace(self, other);
             return self.merge(smaller);
         }
-        for slot in other.slots.into_iter().filter(|slot| slot.key != [0; 2]) {
-            self.add_key(slot.key, slot.count);
+        for slot in other.slots.into_iter().filter(|slot| slot.key != NO_KEY) {
+            self.add_key(slot.key, hash(slot.key), slot.count);
         }
         for (piece, count) in other.long {
             self.add_long(&piece, count);
@@ -131,10 +141,8 @@ impl WordCounts {
 
     /// Calls `visit(piece, count)` for every distinct piece, in no particular order.
     pub fn for_each(&self, mut visit: impl FnMut(&[u8], u64)) {
-        for slot in self.slots.iter().filter(|slot| slot.key != [0; 2]) {
-            let word = slot.key[0] as u128 | (slot.key[1] as u128) << 64;
-            let bytes = word.to_le_bytes();
-            visit(&bytes[..bytes[15] as usize], slot.count);
+        for slot in self.slots.iter().filter(|slot| slot.key != NO_KEY) {
+            visit(&piece::unpack(slot.key)[..piece::length(slot.key)], slot.count);
         }
         for (piece, count) in &self.long {
             visit(piece, *count);
