@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nanochat_kernels.numerics import normal, wide
 from nanochat_kernels.registry import Case, Cost, Op
+from nanochat_kernels.triton_support import needs_triton
 
 IGNORE = -1
 REDUCTIONS = ("mean", "sum", "none")
@@ -92,6 +93,9 @@ linear_softcap_cross_entropy = Op(
     "linear_softcap_cross_entropy",
     torch=linear_softcap_cross_entropy_reference,
     chunked="nanochat_kernels.linear_softcap_cross_entropy_chunked:linear_softcap_cross_entropy_chunked",
+    triton="nanochat_kernels.linear_softcap_cross_entropy_triton:linear_softcap_cross_entropy_triton",
+    available={"triton": needs_triton},
+    custom=("triton", "chunked"),
     auto=(
         ("chunked", lambda place: place.device.type == "cpu", "logits stay in the cache, gradients in the same pass"),
     ),

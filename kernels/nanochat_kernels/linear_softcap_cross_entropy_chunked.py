@@ -19,6 +19,8 @@ synchronization on a GPU).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from nanochat_kernels.linear_softcap_cross_entropy import IGNORE, REDUCTIONS
 from nanochat_kernels.numerics import product_dtype
 
 PANEL = 1 << 25  # elements of logits per matrix product
+GPU_PANEL = 1 << 28  # half a gigabyte in bf16; small enough beside the activations, large enough to fill the machine
 TILE = 1 << 18  # elements per elementwise pass on a CPU
 SAFE_SOFTCAP = 35.0  # up to here exp(2c)·vocabulary stays below float32's largest number
 
@@ -38,19 +41,22 @@ def linear_softcap_cross_entropy_chunked(
     vocab_size: int | None = None,
     softcap: float = 15.0,
     reduction: str = "mean",
+    fused: bool = False,
 ) -> Tensor:
-    """As the reference. Gradients for x, weight and, where they ask for it, token_weights; second derivatives not."""
+    """As the reference. fused: the elementwise work in Triton (linear_softcap_cross_entropy_triton.py).
+
+    Gradients for x, weight and, where they ask for it, token_weights; second derivatives not."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r}: use one of {', '.join(REDUCTIONS)}")
     x, targets = x.reshape(-1, x.size(-1)), targets.reshape(-1)
     if token_weights is not None:
         token_weights = token_weights.reshape(-1)
     if reduction == "none":
-        nll = torch.ops.nanochat.head_nll(x, weight, targets, vocab_size, softcap)
+        nll = torch.ops.nanochat.head_nll(x, weight, targets, vocab_size, softcap, fused)
         return nll if token_weights is None else nll * token_weights
     wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, token_weights))
     mean = reduction == "mean"
-    return torch.ops.nanochat.head_loss(x, weight, targets, token_weights, vocab_size, softcap, mean, wants)[0]
+    return torch.ops.nanochat.head_loss(x, weight, targets, token_weights, vocab_size, softcap, fused, mean, wants)[0]
 
 
 @torch.library.custom_op("nanochat::head_loss", mutates_args=())
@@ -61,12 +67,13 @@ def _head_loss(
     token_weights: Tensor | None,
     vocab_size: int | None,
     softcap: float,
+    fused: bool,
     mean: bool,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, nll, dx, dW): the gradients of the loss, empty when not wanted."""
     counted = (targets != IGNORE).sum().clamp(min=1) if mean else torch.ones((), device=x.device)
-    nll, dx, dw = _walk(x, weight, targets, token_weights, vocab_size, softcap, gradients)
+    nll, dx, dw = _walk(x, weight, targets, token_weights, vocab_size, softcap, fused, gradients)
     loss = (nll if token_weights is None else nll * token_weights).sum() / counted
     if gradients:
         dx, dw = dx.div_(counted), dw.div_(counted)
@@ -74,14 +81,14 @@ def _head_loss(
 
 
 @_head_loss.register_fake
-def _(x, weight, targets, token_weights, vocab_size, softcap, mean, gradients):
+def _(x, weight, targets, token_weights, vocab_size, softcap, fused, mean, gradients):
     dx, dw = (t.new_empty(t.shape if gradients else (0,)) for t in (x, weight))
     return x.new_empty((), dtype=torch.float32), x.new_empty(targets.shape, dtype=torch.float32), dx, dw
 
 
 def _save_loss(ctx, inputs, output):
     _, nll, dx, dw = output
-    ctx.mean, ctx.weighted = inputs[6], inputs[3] is not None
+    ctx.mean, ctx.weighted = inputs[7], inputs[3] is not None
     ctx.save_for_backward(nll, dx, dw, inputs[2])
     ctx.mark_non_differentiable(nll, dx, dw)
 
@@ -93,32 +100,34 @@ def _loss_backward(ctx, grad, *unused):
     if ctx.weighted and needs_token_weights:
         d_token_weights = grad * nll / ((targets != IGNORE).sum().clamp(min=1) if ctx.mean else 1)
     grads = (dx * grad.to(dx.dtype) if needs_x else None, dw * grad.to(dw.dtype) if needs_w else None)
-    return *grads, None, d_token_weights, None, None, None, None
+    return *grads, None, d_token_weights, None, None, None, None, None
 
 
 _head_loss.register_autograd(_loss_backward, setup_context=_save_loss)
 
 
 @torch.library.custom_op("nanochat::head_nll", mutates_args=())
-def _head_nll(x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, softcap: float) -> Tensor:
-    return _walk(x, weight, targets, None, vocab_size, softcap, gradients=False)[0]
+def _head_nll(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, softcap: float, fused: bool
+) -> Tensor:
+    return _walk(x, weight, targets, None, vocab_size, softcap, fused, gradients=False)[0]
 
 
 @_head_nll.register_fake
-def _(x, weight, targets, vocab_size, softcap):
+def _(x, weight, targets, vocab_size, softcap, fused):
     return x.new_empty(targets.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("nanochat::head_nll_backward", mutates_args=())
 def _head_nll_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, softcap: float
+    grad: Tensor, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, softcap: float, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    _, dx, dw = _walk(x, weight, targets, grad, vocab_size, softcap, gradients=True)
+    _, dx, dw = _walk(x, weight, targets, grad, vocab_size, softcap, fused, gradients=True)
     return dx.to(x.dtype), dw.to(weight.dtype)
 
 
 @_head_nll_backward.register_fake
-def _(grad, x, weight, targets, vocab_size, softcap):
+def _(grad, x, weight, targets, vocab_size, softcap, fused):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
@@ -130,7 +139,7 @@ def _save_nll(ctx, inputs, output):
 def _nll_backward(ctx, grad):
     """Every row has a gradient of its own here, unknown before: the logits are formed again."""
     dx, dw = torch.ops.nanochat.head_nll_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return dx, dw, None, None, None
+    return dx, dw, None, None, None, None
 
 
 _head_nll.register_autograd(_nll_backward, setup_context=_save_nll)
@@ -143,6 +152,7 @@ def _walk(
     row_scale: Tensor | None,
     vocab_size: int | None,
     softcap: float,
+    fused: bool,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """nll (N,) and the gradients of Σ row_scale·nll: dx (N, C) and dW (V, C), float32, empty when not wanted."""
@@ -160,12 +170,13 @@ def _walk(
     used_nll = x.new_empty(rows.numel(), dtype=torch.float32)
     used_dx = x.new_empty(used_x.shape if gradients else (0,), dtype=torch.float32)
     dw = x.new_zeros(weight.shape if gradients else (0,), dtype=torch.float32)
-    height = max(1, PANEL // w.size(0))
+    height = max(1, (PANEL if x.device.type == "cpu" else GPU_PANEL) // w.size(0))
+    elementwise = _fused_step() if fused and softcap <= SAFE_SOFTCAP else _softmax_and_gradient
     for start in range(0, rows.numel(), height):
         part = slice(start, start + height)
         panel = used_x.new_empty((used_targets[part].numel(), w.size(0)))
         torch.addmm(panel, used_x[part], w.T, beta=0, alpha=2 / softcap, out=panel)
-        _softmax_and_gradient(panel, used_targets[part], used_nll[part], softcap, gradients)
+        elementwise(panel, used_targets[part], used_nll[part], softcap, gradients)
         if gradients:
             used_dx[part] = panel @ w
             _accumulate(dw[: w.size(0)], panel, scaled_x[part])
@@ -178,6 +189,12 @@ def _walk(
     if not gradients:
         return nll, used_dx, dw
     return nll, x.new_zeros(x.shape, dtype=torch.float32).index_copy_(0, rows, used_dx), dw
+
+
+def _fused_step() -> Callable[[Tensor, Tensor, Tensor, float, bool], None]:
+    from nanochat_kernels.linear_softcap_cross_entropy_triton import softmax_and_gradient
+
+    return softmax_and_gradient
 
 
 def _softmax_and_gradient(panel: Tensor, targets: Tensor, nll: Tensor, softcap: float, gradients: bool) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanochat_kernels.numerics import EPS, normal
 from nanochat_kernels.registry import Case, Cost, Op
+from nanochat_kernels.triton_support import needs_triton
 
 
 def rms_norm_reference(
@@ -75,6 +76,9 @@ def _cost(args: tuple, kwargs: dict) -> Cost:
 rms_norm = Op(
     "rms_norm",
     torch=rms_norm_reference,
+    triton="nanochat_kernels.rms_norm_triton:rms_norm_triton",
+    available={"triton": needs_triton},
+    custom=("triton",),
     cases=_cases,
     cost=_cost,
     differentiable=("x", "delta", "scale", "other", "other_scale"),

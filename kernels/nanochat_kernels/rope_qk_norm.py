@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanochat_kernels.numerics import EPS, normal
 from nanochat_kernels.registry import Case, Cost, Op
+from nanochat_kernels.triton_support import needs_triton
 
 GATE_SCALE = 3.0
 
@@ -84,6 +85,9 @@ def _cost(args: tuple, kwargs: dict) -> Cost:
 rope_qk_norm = Op(
     "rope_qk_norm",
     torch=rope_qk_norm_reference,
+    triton="nanochat_kernels.rope_qk_norm_triton:rope_qk_norm_triton",
+    available={"triton": needs_triton},
+    custom=("triton",),
     cases=_cases,
     cost=_cost,
     differentiable=("q", "k", "v", "ve", "gate"),

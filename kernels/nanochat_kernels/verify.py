@@ -234,12 +234,18 @@ class VerifyConfig:
     """Also write the rows to this file, one JSON object a line."""
     verbose: bool = False
     """List every case, not only the worst of each backend."""
+    compile: str = ""
+    """Instead, compile every Triton kernel ahead of time for an architecture (sm_90), without a GPU."""
+    record: bool = False
+    """With --compile: accept what is seen as the new allowances."""
 
 
 def main(config: VerifyConfig) -> int:
     """Print the table; 0 when nothing is red, 1 otherwise. Raises KernelUnavailable for an unknown op."""
-    from nanochat_kernels import OPS, KernelUnavailable
+    from nanochat_kernels import OPS, KernelUnavailable, compiled
 
+    if config.compile:
+        return compiled.run(config.compile, config.record)
     for name in config.ops:
         if name not in OPS:
             raise KernelUnavailable(name, "?", "no such op", f"ops are {', '.join(OPS)}")

@@ -8,10 +8,11 @@ from nanochat_kernels import OPS
 from nanochat_kernels import linear_softcap_cross_entropy_chunked as chunked
 
 OP = OPS["linear_softcap_cross_entropy"]
-BACKENDS = [OP.load(backend) for backend in OP.backends]
+NAMES = ("torch", "chunked")  # triton shares the walk with chunked and is compared with the reference elsewhere
+BACKENDS = [OP.load(name) for name in NAMES]
 
 
-@pytest.fixture(params=BACKENDS, ids=list(OP.backends))
+@pytest.fixture(params=BACKENDS, ids=NAMES)
 def loss(request):
     return request.param
 
@@ -116,7 +117,7 @@ def test_panels_in_bf16(monkeypatch):
 def test_no_gradients_no_gradient_memory():
     x, w, y = inputs()
     with torch.no_grad():
-        loss, _, dx, dw = torch.ops.nanochat.head_loss(x, w, y, None, None, 15.0, True, False)
+        loss, _, dx, dw = torch.ops.nanochat.head_loss(x, w, y, None, None, 15.0, False, True, False)
     assert dx.numel() == dw.numel() == 0
     torch.testing.assert_close(loss, OP.reference(x, w, y).detach())
 
@@ -126,8 +127,8 @@ def test_custom_ops_are_well_formed():
     y = y % 50
     y[3] = -1
     weights = torch.rand(y.numel())
-    torch.library.opcheck(torch.ops.nanochat.head_loss, (x, w, y, weights, 50, 15.0, True, True))
-    torch.library.opcheck(torch.ops.nanochat.head_nll, (x, w, y, None, 15.0))
+    torch.library.opcheck(torch.ops.nanochat.head_loss, (x, w, y, weights, 50, 15.0, False, True, True))
+    torch.library.opcheck(torch.ops.nanochat.head_nll, (x, w, y, None, 15.0, False))
 
 
 def test_logits_never_exist_at_once():
