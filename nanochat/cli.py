@@ -56,6 +56,8 @@ COMMANDS: dict[str, Command] = {
                 "nanochat.evaluation.chat_eval", "ChatEvalConfig"),
         Command("chat", "Use it", "talk to a model: in the terminal, through a pipe, or one question",
                 "nanochat.inference.chat", "ChatConfig"),
+        Command("sft", "Chat model", "teach a base model to answer",
+                "nanochat.training.sft", "SftConfig"),
         Command("import", "Use it", "take over a checkpoint of karpathy/nanochat",
                 "nanochat.exchange.commands", "ImportConfig", "run_import"),
         Command("export", "Use it", "write a model or its tokenizer for other programs",

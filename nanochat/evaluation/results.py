@@ -25,7 +25,7 @@ def write_json(path: Path, content: Any) -> None:
         raise NanochatError(f"cannot write {path}: {error.strerror}; free some space or change its folder") from error
 
 
-def record(stage: str, name: str, values: dict[str, Any]) -> Path:
+def record(stage: str, name: str, values: Any) -> Path:
     """Sets `name` in results/<stage>.json, keeping what other evaluations wrote there; returns the file."""
     path = base_dir() / "results" / f"{stage}.json"
     try:

@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 
+from nanochat.chat_format import render_prompt
+from nanochat.inference.engine import Engine
+from nanochat.inference.row import Completion
+from nanochat.inference.sampling import SamplingParams
 from nanochat.model.gpt import GPT
 
 PROMPTS = (
@@ -43,3 +47,25 @@ def greedy(model: GPT, tokenizer: Any, prompts: Sequence[str] = PROMPTS, new_tok
     model.train(was_training)
     ends = [row[1:-1] if len(row) > n and row[-1] == bos else row[1:] for row, n in zip(rows, first, strict=True)]
     return [tokenizer.decode(row) for row in ends]
+
+
+QUESTIONS = (
+    "Who are you?",
+    "What is 17 * 23?",
+    "How many times does the letter r appear in strawberry?",
+    "Tell me a short story.",
+)
+
+
+def shown(completion: Completion) -> str:
+    """An answer in one line; what was asked of the calculator stands in brackets with its result."""
+    marks = {"python": "[{}", "python_output": " = {}]"}
+    return "".join(marks.get(part["type"], "{}").format(part["text"]) for part in completion.parts)
+
+
+def chat(engine: Engine, questions: Sequence[str] = QUESTIONS, max_tokens: int = 160) -> list[dict[str, str]]:
+    """The likeliest answer to each question, {"prompt", "text"}: what the report and the log show of a chat model."""
+    prompts = [render_prompt(engine.tokenizer, [{"role": "user", "content": text}]) for text in questions]
+    fitting = [(text, ids) for text, ids in zip(questions, prompts, strict=True) if len(ids) < engine.context]
+    answers = engine.generate([ids for _, ids in fitting], SamplingParams(temperature=0.0, max_tokens=max_tokens))
+    return [{"prompt": text, "text": shown(answer)} for (text, _), [answer] in zip(fitting, answers, strict=True)]

@@ -27,6 +27,9 @@ FINAL_LR = 0.05  # of the peak, reached at the end
 MOMENTUM_WARMUP_STEPS = 400
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
 
+SFT_MOMENTUM, SFT_MOMENTUM_STEPS = 0.95, 300
+RL_MOMENTUM = 0.95
+
 
 def warmdown_steps(steps: int) -> int:
     """How many of `steps` lie in the final fall of the learning rates."""
@@ -74,6 +77,18 @@ class StepRates:
 def rates_at(step: int, steps: int) -> StepRates:
     """All of pretraining's schedules at update `step` of `steps`."""
     return StepRates(lr_multiplier(step, steps), muon_momentum(step, steps), muon_decay_multiplier(step, steps))
+
+
+def sft_rates_at(step: int, steps: int, peak: float) -> StepRates:
+    """Fine-tuning: `peak` of pretraining's rates for the first half, then a line to 0; μ rises again; no decay."""
+    share = min(step / SFT_MOMENTUM_STEPS, 1.0)
+    momentum = (1.0 - share) * MOMENTUM_START + share * SFT_MOMENTUM
+    return StepRates(peak * min(1.0, 2.0 * (steps - step) / steps), momentum, 0.0)
+
+
+def rl_rates_at(step: int, steps: int, peak: float) -> StepRates:
+    """Reinforcement learning: a line from `peak` of pretraining's rates to 0; no decay."""
+    return StepRates(peak * (steps - step) / steps, RL_MOMENTUM, 0.0)
 
 
 @dataclass(frozen=True)
