@@ -48,7 +48,7 @@ fn utf8(text: &Bound<'_, PyAny>, errors: &str) -> PyResult<PyBackedStr> {
         Err(_) if errors == "replace" => {
             let utf16 = string.call_method1("encode", ("utf-16-le", "surrogatepass"))?;
             let repaired = utf16.call_method1("decode", ("utf-16-le", "replace"))?;
-            repaired.extract().map_err(Into::into)
+            repaired.extract()
         }
         Err(error) => {
             let at = error.value(text.py()).getattr("start").and_then(|start| start.extract::<usize>()).unwrap_or(0);

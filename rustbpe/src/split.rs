@@ -198,10 +198,10 @@ fn letters(text: &[u8], mut at: usize) -> usize {
 fn not_ascii_letters(bytes: u64) -> u64 {
     const EACH: u64 = 0x0101_0101_0101_0101;
     // Lower case; then seven bits, so that no sum below carries into the next byte.
-    let lower = (bytes | 0x20 * EACH) & 0x7F * EACH;
+    let lower = (bytes | (0x20 * EACH)) & (0x7F * EACH);
     let from_a = lower + (0x80 - b'a' as u64) * EACH;
     let beyond_z = lower + (0x7F - b'z' as u64) * EACH;
-    (bytes | beyond_z | !from_a) & 0x80 * EACH
+    (bytes | beyond_z | !from_a) & (0x80 * EACH)
 }
 
 /// End of the run of `class` that goes on at `at`.
