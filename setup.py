@@ -60,10 +60,12 @@ def build_arguments() -> dict:
         os.environ.setdefault("CUDA_HOME", str(Path(find_compilers()[1] or "").parent.parent))
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
         sources += sorted(CSRC.glob("*.cu"))
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension, include_paths
 
     extension = CUDAExtension if mode == "cuda" else CppExtension
-    flags = {"cxx": [*CXX_FLAGS, f"-DNANOCHAT_CUDA={int(mode == 'cuda')}"], "nvcc": NVCC_FLAGS}
+    # as system headers, torch's own may warn; -isystem wins over the -I that the builder adds
+    system = [flag for path in include_paths() for flag in ("-isystem", path)]
+    flags = {"cxx": [*CXX_FLAGS, *system, f"-DNANOCHAT_CUDA={int(mode == 'cuda')}"], "nvcc": NVCC_FLAGS}
     targets = {"nanochat_kernels._ops": sources, "nanochat_kernels._bindings": [bindings] if bindings.exists() else []}
     modules = [
         extension(name, [str(path.relative_to(ROOT)) for path in paths], extra_compile_args=flags)

@@ -107,6 +107,7 @@ def golden_weights(model, kind):
 
 def golden(args):
     import torch
+
     from nanochat.gpt import GPT, GPTConfig
 
     config = GPTConfig(**GOLDEN_MODEL)
@@ -145,6 +146,7 @@ def golden(args):
 
 def build(args):
     import torch
+
     from nanochat.gpt import GPT, GPTConfig
 
     width = -(-args.depth * 64 // args.head_dim) * args.head_dim
@@ -167,6 +169,7 @@ def build(args):
 def parity(args):
     """Trains with the checkout's model, loader, optimizer and evaluation; writes all it takes to repeat it."""
     import torch
+
     from nanochat.dataloader import tokenizing_distributed_data_loader_bos_bestfit as loader
     from nanochat.loss_eval import evaluate_bpb
     from nanochat.tokenizer import get_token_bytes, get_tokenizer

@@ -4,8 +4,8 @@
 
 Every run is a process of its own with caches of its own, so that the first step is a cold one: its time counts from the
 model's creation to the end of the first update, compiling included. Both sides make identical steps (random tokens,
-same shapes, optimizer included); ours feeds nothing from disk and neither does the checkout. Rounds alternate A B A B, and the
-ratio is that of the medians over all rounds. The last line is one JSON row.
+same shapes, optimizer included); ours feeds nothing from disk and neither does the checkout. Rounds alternate A B A B,
+and the ratio is that of the medians over all rounds. The last line is one JSON row.
 """
 
 import argparse

@@ -42,6 +42,7 @@ def main() -> None:
     sys.path.insert(0, str(args.checkout))
 
     import torch
+
     from nanochat.checkpoint_manager import save_checkpoint
     from nanochat.gpt import GPT, GPTConfig
 
