@@ -164,11 +164,16 @@ class Stage:
     # What trains it
 
     def make_model(
-        self, model_config: GPTConfig, lr_scale: float, muon_decay: float, source: tuple[Path, int] | None
+        self,
+        model_config: GPTConfig,
+        lr_scale: float,
+        muon_decay: float,
+        source: tuple[Path, int] | None,
+        moments: bool = True,
     ) -> None:
         """The model and its optimizer: from this run's checkpoint, else from `source` (folder, step), else drawn anew.
 
-        An earlier stage's optimizer lends its moments; rates and decay are this stage's.
+        An earlier stage's optimizer lends its moments if `moments`; rates and decay are this stage's.
         """
         config, runtime = self.config, self.runtime
         self.model_config = model_config
@@ -188,7 +193,7 @@ class Stage:
         parameters = dict(self.model.named_parameters())
         groups = parameter_groups(parameters, model_config.width, lr_scale, muon_decay)
         self.optimizer = MuonAdamW(parameters, groups, self.plan, runtime)
-        if source is not None:
+        if source is not None and (moments or self.start is not None):
             self.optimizer.load_state_dict(checkpoint.load_optimizer(*source))
         if self.compiled:
             self.model.compile_blocks()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from nanochat.errors import UsageError
 from nanochat.evaluation.tasks.base import Conversation, EvalType, Mixture, Task, question_of
-from nanochat.evaluation.tasks.builtin import Builtin
+from nanochat.evaluation.tasks.builtin import Builtin, WordProblems
 from nanochat.evaluation.tasks.choice import Arc, Mmlu
 from nanochat.evaluation.tasks.conversations import Jsonl, SmolTalk
 from nanochat.evaluation.tasks.gsm8k import Gsm8k
@@ -58,6 +58,7 @@ TASKS: dict[str, Entry] = {
     "spelling": Entry(_spelling, "file of words", "spelling and counting letters; the built-in world's without a file"),
     "identity": Entry(lambda s, a: Jsonl(a, "identity") if a else Builtin("identity", s), "path", "who the model is"),
     "jsonl": Entry(lambda s, a: Jsonl(_needed(a, "jsonl", "path")), "path", "your own conversations"),
+    "word-problems": Entry(lambda s, a: WordProblems(s), "", "word problems of the built-in world, with calculator"),
     "builtin": Entry(lambda s, a: Builtin(a, s), "kind", "the built-in world, or one kind of it"),
 }
 
