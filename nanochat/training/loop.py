@@ -251,7 +251,7 @@ class Run:
             self.metrics.write(
                 step,
                 loss=result.loss,
-                lr=rates.lr,
+                lr_multiplier=rates.lr,
                 grad_norm=result.grad_norm,
                 tokens_per_second=result.tokens / result.seconds,
                 step_seconds=result.seconds,

@@ -73,7 +73,8 @@ class PretrainConfig:
     keep_last: int = 2
     """How many checkpoints to keep."""
     resume: str = "auto"
-    """auto goes on from the newest checkpoint of the tag, a number from that step; never begins anew."""
+    """auto goes on from the newest checkpoint of the tag, a number from that step, setting later ones aside; never
+    begins anew and sets the earlier run aside."""
     tag: str | None = None
     """Name of the run and its folder; d<depth> by default."""
     seed: int = 42

@@ -8,6 +8,7 @@ A stage is a subclass that says what to train on (`Stepper`'s batches), how fast
 calls its `save`, `evaluate` and `sample` between steps, on all ranks. `extra_meta` is what it needs besides to go on.
 """
 
+import re
 import resource
 import sys
 import time
@@ -108,6 +109,8 @@ class Stage:
 
     def open_run(self, tag: str) -> None:
         """Sets folder, start (None for a new run) and meta, which is empty for a new run."""
+        if not re.fullmatch(r"\w[\w.-]*", tag):
+            raise UsageError(f"--tag {tag!r} must be a plain name of letters, digits, '.', '_' and '-'")
         self.folder = base_dir() / f"{self.name}_checkpoints" / tag
         self.start = on_main(self.runtime, self._choose_start)
         self.meta = checkpoint.load_meta(self.folder, self.start) if self.start is not None else {}
@@ -119,8 +122,7 @@ class Stage:
         found = checkpoint.latest(self.folder)
         if self.config.resume == "never":
             if found is not None:
-                numbered = (self.folder.with_name(f"{self.folder.name}.{n}") for n in count(1))
-                aside = next(path for path in numbered if not path.exists())
+                aside = self._free_name()
                 self.folder.rename(aside)
                 self.say(f"the earlier run of this tag is now {aside.name}")
             return None
@@ -130,7 +132,20 @@ class Stage:
             return found
         step = int(self.config.resume)
         checkpoint.load_meta(self.folder, step)  # says what there is when there is no such step
+        later = [s for s in checkpoint.steps(self.folder) if s > step]
+        if later:  # they belong to a past that is about to change; auto must not pick them up again
+            aside = self._free_name()
+            aside.mkdir()
+            for other in later:
+                path = checkpoint.step_folder(self.folder, other)
+                path.rename(aside / path.name)
+            self.say(f"later checkpoints ({', '.join(map(str, later))}) are now in {aside.name}")
         return step
+
+    def _free_name(self) -> Path:
+        """The first of <tag>.1, <tag>.2, … that does not exist."""
+        numbered = (self.folder.with_name(f"{self.folder.name}.{n}") for n in count(1))
+        return next(path for path in numbered if not path.exists())
 
     def check_same_run(self, identity: dict[str, Any]) -> None:
         """Takes `identity`, what must not change while a run goes on, and compares it with what was saved."""
@@ -243,7 +258,7 @@ class Stage:
 
         scaler = LossScaler(runtime, **loop.get("scaler") or {}) if runtime.dtype == torch.float16 else None
         self.average = LossAverage(**loop.get("average", {}))
-        self.metrics = self._open_metrics(start) if runtime.is_main else None
+        on_main(runtime, lambda: self._open_metrics(start))
         self.stepper = Stepper(self.model, self.optimizer, batches, accumulation, runtime, scaler, loss)
         self.loop = Run(
             self.stepper,
@@ -267,10 +282,10 @@ class Stage:
             if self.metrics is not None:
                 self.metrics.close()
 
-    def _open_metrics(self, start: int) -> MetricsLog:
+    def _open_metrics(self, start: int) -> None:
         settings = asdict(self.config) | self.identity
         trackers = [open_tracker(name, self.folder, self.folder.name, settings) for name in self.config.track]
-        return MetricsLog(self.folder / "metrics.jsonl", start, trackers)
+        self.metrics = MetricsLog(self.folder / "metrics.jsonl", start, trackers)
 
     # Called by the loop between steps, on all ranks
 

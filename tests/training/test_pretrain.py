@@ -187,7 +187,8 @@ def test_resume_from_a_chosen_step_and_past_a_damaged_one(base, uninterrupted, o
     before = losses(uninterrupted)
     shutil.copytree(uninterrupted, folder_of(base))
     pretrain.run(replace(TINY, resume="10"))
-    assert losses(folder_of(base)) == before
+    assert losses(folder_of(base)) == before and "later checkpoints (15, 20) are now in d2.1" in capsys.readouterr().out
+    assert checkpoint.steps(folder_of(base, "d2.1")) == [15, 20]
     os.truncate(checkpoint.step_folder(folder_of(base), 20) / "model.safetensors", 100)
     capsys.readouterr()
     pretrain.run(TINY)
@@ -273,6 +274,7 @@ def test_another_configuration_is_refused(base, change, words):
         ({"rows": 5}, "--rows 5.*1, 2, 4, 8, 16"),
         ({"resume": "sometimes"}, "--resume 'sometimes'"),
         ({"keep_last": 0}, "--keep-last 0"),
+        ({"tag": "../up"}, "--tag '../up'"),
         ({"eval_tokens": 3}, "--eval-tokens 3"),
         ({"device": "cuda"}, "device 'cuda'"),
     ],
