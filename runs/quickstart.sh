@@ -15,4 +15,5 @@ nanochat data --source builtin
 [ -d "$base/tokenizer" ] || nanochat tok-train --data builtin --vocab-size 4096
 nanochat train --data builtin --depth "$depth" --seq-len 512 --batch-tokens 8192 --steps "$steps" \
   --tag "quickstart-d$depth" --eval-every 100 --eval-tokens 65536 --sample-every 100 --save-every 100
+nanochat chat -p "Once upon a time" --max-tokens 60
 nanochat
