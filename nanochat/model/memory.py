@@ -8,8 +8,8 @@
 
 The first three are arithmetic. The passes are not counted by a formula, which every new kernel would make wrong: the
 model itself runs, on tensors that have shapes but no memory, and a ledger notes when each storage comes and goes. It
-sees what autograd keeps with the backends of the plan, but not the scratch inside one operation, nor what a compiler
-fuses away: for compiled blocks the estimate lies above the truth.
+sees what autograd keeps with the backends of the plan, but not the scratch inside one operation (the loss's, which is
+large, is added), nor what a compiler fuses away: for compiled blocks the estimate lies above the truth.
 """
 
 import weakref
@@ -28,6 +28,8 @@ from nanochat.model.config import GPTConfig
 from nanochat.model.costs import parameter_counts
 from nanochat.model.gpt import GPT
 from nanochat_kernels import KernelPlan
+from nanochat_kernels.linear_softcap_cross_entropy_chunked import PANEL, TILE
+from nanochat_kernels.numerics import product_dtype
 
 # What trains where no plan is given: attention without a table of scores, a loss without a table of logits.
 LEAN_PLAN = "torch,attention=sdpa,linear_softcap_cross_entropy=chunked"
@@ -66,6 +68,8 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves((args, kwargs)):  # what is met here first was there before: views of it cost nothing
             if isinstance(leaf, Tensor):
                 self._enter(leaf, new=False)
+        if func is torch.ops.nanochat.head_loss.default:
+            self.peak = max(self.peak, self.now + _loss_scratch(*args[:2]))
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -87,6 +91,17 @@ class Ledger(TorchDispatchMode):
     def _leave(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _loss_scratch(x: Tensor, weight: Tensor) -> int:
+    """Bytes inside the chunked loss, which is one operation here: logits of a panel, gradients in float32, copies."""
+    (rows, width), words = x.shape, weight.size(0)
+    size = product_dtype(x.dtype, x.device).itemsize
+    panel = min(rows, max(1, PANEL // words))
+    tile = min(panel, max(1, TILE // words)) if x.device.type == "cpu" else panel
+    copies = sum(words * width * to for to, was in ((x.itemsize, weight.itemsize), (size, x.itemsize)) if to != was)
+    copies += rows * width * size if size != x.itemsize else 0
+    return panel * (words + width) * size + 2 * tile * words * 4 + copies + 4 * width * (rows + words)
 
 
 @contextmanager

@@ -39,7 +39,9 @@ def train(config: GPTConfig, rows: int, dtype: torch.dtype, plan: KernelPlan, ch
 
 def allocator_peak(run) -> int:
     """Bytes at the highest point of torch's CPU allocator, read off the profiler's record of every event."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
