@@ -172,17 +172,21 @@ def _rms(x: Tensor) -> float:
 
 @contextlib.contextmanager
 def nan_poisoned_memory() -> Iterator[None]:
-    """Within, torch.empty and its kin hand out NaN (largest integers, for integers)."""
+    """Within, torch.empty and its kin hand out NaN (largest integers, for integers).
+
+    The public setter imports torch's compiler, seconds that every command would pay when its plan is made.
+    """
+    switch = torch._C._set_deterministic_algorithms
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        switch(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            switch(before[0], warn_only=before[1])
             torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
