@@ -75,7 +75,9 @@ def test_every_flag_has_help(name):
     config, _ = cli.COMMANDS[name].load()
     body = ast.parse(inspect.getsource(config)).body[0].body
     fields = [
-        (node, after) for node, after in zip(body, [*body[1:], None], strict=True) if isinstance(node, ast.AnnAssign)
+        (node, after)
+        for node, after in zip(body, [*body[1:], None], strict=True)
+        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
     ]
     silent = [
         ast.unparse(node.target)
