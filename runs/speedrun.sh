@@ -46,7 +46,7 @@ fi
 
 if wanted sft; then
   stage "chat tuning"
-  on_ranks sft --tag "$tag" ${sft_flags[@]+"${sft_flags[@]}"}
+  on_ranks sft --from-tag "$tag" --tag "$tag" ${sft_flags[@]+"${sft_flags[@]}"}
 fi
 
 if wanted chat-eval; then

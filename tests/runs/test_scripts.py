@@ -112,7 +112,10 @@ class Scripts:
             "VOCAB": "320",
             "TRAIN_FLAGS": TRAIN,
             "EVAL_FLAGS": f"--parts core,bpb --data {bundle} --eval-tokens 1024 --device cpu --kernels torch",
-            "SKIP": "sft chat-eval report",
+            "SFT_FLAGS": "--data builtin --steps 4 --batch-tokens 1024 --eval-every 0 --save-every 1 --device cpu "
+            "--compile off --kernels torch",
+            "CHAT_EVAL_FLAGS": "--tasks spelling --max-problems 2 --max-tokens 8 --device cpu --kernels torch",
+            "SKIP": "" if "report" in COMMANDS else "report",
             "MIN_CORE": "-9",
         }
 
@@ -165,7 +168,13 @@ def test_speedrun_killed_in_every_stage_and_miniseries(tmp_path: Path, hub: str,
 
     code, said = scripts.run("speedrun.sh", MIN_CORE="0.9")
     assert code == 1 and "NOT above 0.9" in said and "] done" not in said, said
+    tuned = base / "sft_checkpoints/speedrun-d1"
+    scripts.kill_when("speedrun.sh", lambda said: (tuned / "step_000002").exists())
+    assert not (tuned / "step_000004").exists()
+    scripts.kill_when("speedrun.sh", lambda said: "] chat evaluation" in said)
+    assert (tuned / "step_000004").exists() and not list(tuned.glob("chat_eval_*.json"))
     code, said = scripts.run("speedrun.sh")
+    assert (tuned / "chat_eval_000004.json").exists()
     assert code == 0 and "is finished" in said and said.count("is there") >= 2 and "] done" in said, said
 
     code, said = scripts.run("miniseries.sh", SERIES="1:8 2:x")
