@@ -58,6 +58,8 @@ COMMANDS: dict[str, Command] = {
                 "nanochat.evaluation.base_eval", "EvalConfig"),
         Command("chat-eval", "Evaluation", "grade a chat model on ARC, MMLU, GSM8K, HumanEval and more",
                 "nanochat.evaluation.chat_eval", "ChatEvalConfig"),
+        Command("report", "Evaluation", "one page about everything that was made, with plots",
+                "nanochat.report.command", "ReportConfig"),
         Command("chat", "Use it", "talk to a model: in the terminal, through a pipe, or one question",
                 "nanochat.inference.chat", "ChatConfig"),
         Command("import", "Use it", "take over a checkpoint of karpathy/nanochat",

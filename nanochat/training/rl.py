@@ -199,7 +199,7 @@ class Reinforcement(Stage):
                 chat = samples.chat(Engine(self.model, self.tokenizer))
             results.record(self.name, "samples", chat)
             results.record(self.name, "pass_at", {"task": self.held_out.name, **self.pass_at})
-        return self.conclude(finished, steps, self._gain())
+        return self.conclude(finished, steps, self._gain(), pass_at=self.pass_at)
 
     def _extras(self) -> dict[str, Any]:
         stats, step = self.rollouts.stats, self.rollouts.step

@@ -350,14 +350,17 @@ class Stage:
     def kernels_text(self) -> str:
         return f"kernels: {', '.join(f'{n}={c.backend}' for n, c in self.plan.choices.items())}"
 
-    def conclude(self, finished: bool, steps: int, result: str = "") -> int:
-        """Marks the last checkpoint as finished, or says how to go on; the exit code."""
+    def conclude(self, finished: bool, steps: int, result: str = "", **notes: Any) -> int:
+        """Marks the last checkpoint as finished, with notes on what was measured after it; or says how to go on.
+
+        Returns the exit code.
+        """
         if not finished:
             self.say("stopped as asked; run the same command to go on")
             return INTERRUPTED
         seconds = self.seconds_before + self.loop.step_seconds
         if self.runtime.is_main:
-            checkpoint.annotate(self.folder, steps, val_bpb=self.val_bpb, finished=True)
+            checkpoint.annotate(self.folder, steps, val_bpb=self.val_bpb, finished=True, **notes)
         self.say(
             f"finished {steps:,} steps in {seconds / 60:.1f} minutes{result}; "
             f"peak memory {peak_memory(self.runtime) / 1e9:.1f} GB; "

@@ -1,6 +1,7 @@
 """Ranks for tests: a script started once per rank over gloo, each with one thread."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -99,3 +100,32 @@ def no_ranks(monkeypatch):
     """Tests begin outside torchrun, wherever pytest itself was started."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def prepared_chat(prepared_base):
+    """The same with a base model of a few steps, and a model fine-tuned from it for a few more."""
+    import torch
+
+    from nanochat.training import pretrain, sft
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    machine = {"device": "cpu", "dtype": "float32", "kernels": "torch"}
+    machine |= {"save_every": 0, "eval_every": 0, "sample_every": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(prepared_base))
+        size = {"depth": 1, "head_dim": 32, "seq_len": 128, "batch_tokens": 512, "steps": 8}
+        pretrain.run(pretrain.PretrainConfig(data="builtin", tag="tiny", **size, **machine))
+        sft.run(sft.SftConfig(data="builtin", from_tag="tiny", steps=8, **machine))
+    torch.set_num_threads(threads)
+    return prepared_base
+
+
+@pytest.fixture
+def chat_base(prepared_chat, base):
+    """NANOCHAT_BASE_DIR for one test: the base model `tiny` and the fine-tuned `tiny` are there to start from."""
+    for stage in ("base", "sft"):
+        (base / f"{stage}_checkpoints").mkdir()
+        shutil.copytree(prepared_chat / f"{stage}_checkpoints" / "tiny", base / f"{stage}_checkpoints" / "tiny")
+    return base
