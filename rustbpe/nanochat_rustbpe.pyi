@@ -1,7 +1,7 @@
 """Byte-level BPE in Rust. `nanochat.tokenizer` is the face that the pipeline uses; this is what lies under it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,12 @@ PATTERN_3: str
 UNICODE_VERSION: str
 """Version of the tables behind \\p{L} and \\p{N}."""
 __version__: str
+
+class Column(Protocol):
+    """Texts end to end, as an Arrow string column keeps them."""
+
+    def utf8_buffers(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32] | npt.NDArray[np.int64]]:
+        """Contiguous data and offsets [texts + 1]: text i is data[offsets[i]:offsets[i + 1]], in UTF-8."""
 
 class Encoding:
     """A vocabulary, a split pattern and special tokens. Immutable, picklable, safe to share among threads.
@@ -50,7 +56,7 @@ class Encoding:
         """Ids of `text`. A lone surrogate is a ValueError, or with errors="replace" U+FFFD."""
     def encode_batch(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str] | Column,
         first: int | None = None,
         threads: int | None = None,
         allow_specials: bool | None = None,
@@ -58,7 +64,8 @@ class Encoding:
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Ids of all texts end to end (uint16 if every id fits, else uint32) and offsets [len(texts) + 1] into them.
 
-        first: an id to put before each text. threads: all CPUs by default; the result does not depend on it.
+        texts: strings, or a column that is read where it lies. first: an id to put before each text. threads: all CPUs
+        by default; the result does not depend on it.
         """
     def decode_bytes(self, ids: Sequence[int] | npt.NDArray[Any]) -> bytes:
         """Bytes of the tokens; a special token's are its name. ValueError for an id that is no token."""
@@ -91,6 +98,34 @@ class WordCounts:
 
         progress(done) is called about ten times a second; an exception in it, or Ctrl-C, ends the run. ValueError when
         the words hold fewer merges.
+        """
+
+class BestFitPacker:
+    """`nanochat.data.packing.BestFitPacker` without padding and masks, the GIL released; the rows are the same.
+
+    A document's key is four integers that mean nothing here. Raises ValueError for what cannot be packed.
+    """
+
+    def __init__(self, capacity: int, buffer_size: int = 1000) -> None: ...
+    def add(self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> None:
+        """Appends documents: number i is ids[offsets[i]:offsets[i + 1]] (uint16 or uint32) with key keys[i] of [n, 4].
+
+        All of them or, when it raises, none; what a row can take of each is copied.
+        """
+    def finish(self) -> None:
+        """Says that no document follows: from now on the buffer is emptied instead of topped up."""
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def newest(self) -> tuple[int, int, int, int] | None:
+        """Key of the last document that entered the buffer."""
+    def buffered(self) -> npt.NDArray[np.int64]:
+        """Keys [documents, 4] of the buffer, oldest first: the whole state, when no row is half filled."""
+    def pack(self, rows: npt.NDArray[np.int32], first: int = 0, step: int = 1) -> int:
+        """Packs len(rows) · step rows and writes numbers first, first + step, … into `rows` [n, capacity].
+
+        How many are complete, written or not. Fewer than all means that documents ran out: `add` more (or `finish`) and
+        call again with the same arguments.
         """
 
 def ranks_from_merges(merges: Sequence[tuple[int, int]]) -> dict[bytes, int]:

@@ -9,8 +9,10 @@ State: the number of the next row, the place of the next document, and the buffe
 group, document). A restart feeds the buffered documents first and the following ones after them, in their old order,
 and is thereby exact, on any number of ranks: a few kilobytes of JSON instead of megabytes of tokens.
 
-Two threads run ahead, one reading and tokenizing (outside the GIL), one packing, with short queues between
-them and the training thread. Rows travel to the device as one int32 block from pinned memory and are widened there.
+Three threads run ahead with short queues between them: one reads row groups, one tokenizes them, one packs. All three
+work in native code without the GIL, on arrays: texts stay where Arrow decoded them, and the packer writes this rank's
+rows into pinned memory. The training thread takes a finished block, which travels to the device as int32 and is widened
+there.
 """
 
 import os
@@ -18,18 +20,21 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from nanochat.data.columns import Column, ColumnReader
 from nanochat.data.corpus import Corpus, Split
-from nanochat.data.packing import BUFFER_SIZE, BestFitPacker
+from nanochat.data.packing import BUFFER_SIZE
 from nanochat.errors import NanochatError, UsageError
+from nanochat.tokenizer import native
 
-DOCUMENTS_AT_ONCE = 256
+DOCUMENTS_AT_ONCE = 1024
 _MAX_THREADS = 8
 T = TypeVar("T")
 
@@ -41,7 +46,7 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode_batch(
-        self, texts: list[str], prepend_bos: bool = False, threads: int | None = None
+        self, texts: Sequence[str], prepend_bos: bool = False, threads: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
@@ -55,11 +60,11 @@ class Position(NamedTuple):
 
 
 class TokenizedDocuments(NamedTuple):
-    """Document number i is ids[offsets[i]:offsets[i + 1]]."""
+    """Document number i is ids[offsets[i]:offsets[i + 1]] and stands at positions[i], a Position's four numbers."""
 
     ids: np.ndarray
     offsets: np.ndarray
-    positions: list[Position]
+    positions: np.ndarray
 
 
 class Snapshot(NamedTuple):
@@ -67,13 +72,14 @@ class Snapshot(NamedTuple):
 
     row: int
     next: Position
-    buffer: list[Position]
+    buffer: np.ndarray  # (documents, 4) int64: positions, oldest first
 
 
 class Shape(NamedTuple):
-    """Which rows one rank takes at a time."""
+    """Which rows one rank takes at a time, and of how many tokens."""
 
     rows: int
+    capacity: int
     rank: int
     world_size: int
 
@@ -175,88 +181,97 @@ def _fill(items: Iterator[T], channel: _Channel[T]) -> None:
         channel.close(error)
 
 
-def read_documents(
-    corpus: Corpus, split: Split, start: Position, epochs: int | None
-) -> Iterator[tuple[list[Position], list[str]]]:
-    """Positions and texts of a split from `start` on, a few hundred at a time; without end when `epochs` is None."""
+class Documents(NamedTuple):
+    """Texts and where they stand: positions (documents, 4), a Position in each row. In `shard`, for messages."""
+
+    texts: Column
+    positions: np.ndarray
+    shard: Path
+
+
+def read_documents(reader: ColumnReader, start: Position, epochs: int | None) -> Iterator[Documents]:
+    """The documents from `start` on, at most a row group at a time; without end when `epochs` is None."""
     epoch, first_shard, first_group, first_document = start
-    shards = corpus.shards(split)
     while epochs is None or epoch < epochs:
         found = (first_shard, first_group, first_document) != (0, 0, 0)  # what comes before was found by an earlier run
-        for shard_number in range(first_shard, len(shards)):
-            for group in range(first_group, shards[shard_number].row_groups()):
-                texts = shards[shard_number].read(group)
+        for shard in range(first_shard, len(reader.shards)):
+            for group in range(first_group, reader.row_groups(shard)):
+                texts = reader.read(shard, group)
                 for low in range(first_document, len(texts), DOCUMENTS_AT_ONCE):
                     found = True
                     chosen = texts[low : low + DOCUMENTS_AT_ONCE]
-                    yield [Position(epoch, shard_number, group, low + i) for i in range(len(chosen))], chosen
+                    indices = range(low, low + len(chosen))
+                    yield Documents(chosen, _positions(epoch, shard, group, indices), reader.shards[shard].path)
                 first_document = 0
             first_group = first_document = 0
         if not found:
-            raise NanochatError(f"the {split} shards of {corpus.folder} hold no documents; {corpus.remedy}")
+            corpus = reader.corpus
+            raise NanochatError(f"the {reader.split} shards of {corpus.folder} hold no documents; {corpus.remedy}")
         first_shard, epoch = 0, epoch + 1
 
 
-def reread_documents(
-    corpus: Corpus, split: Split, positions: list[Position]
-) -> Iterator[tuple[list[Position], list[str]]]:
-    """The texts at `positions`, in that order, which should be that of reading so that each row group is read once."""
-    place, texts, chosen = None, [], []
-    for number, position in enumerate(positions):
-        if place != position[1:3]:
-            place, texts = position[1:3], corpus.read_row_group(position.shard, position.row_group, split)
-        if position.document >= len(texts):
+def reread_documents(reader: ColumnReader, positions: np.ndarray) -> Iterator[Documents]:
+    """The texts at `positions`, in that order: that of reading, so that each row group is read once."""
+    places = np.flatnonzero(np.any(positions[1:, :3] != positions[:-1, :3], axis=1)) + 1
+    for part in np.split(positions, places) if len(positions) else ():
+        epoch, shard, group, _ = part[0].tolist()
+        indices = part[:, 3].tolist()
+        texts, path = reader.read(shard, group), reader.shards[shard].path
+        if max(indices) >= len(texts):
             raise NanochatError(
-                f"the data state names document {position.document} of row group {position.row_group} of "
-                f"{corpus.shards(split)[position.shard].path}, which has {len(texts)}: this is not the same corpus"
+                f"the data state names document {max(indices)} of row group {group} of {path}, "
+                f"which has {len(texts)}: this is not the same corpus"
             )
-        chosen.append(texts[position.document])
-        if len(chosen) == DOCUMENTS_AT_ONCE or number == len(positions) - 1:
-            yield positions[number + 1 - len(chosen) : number + 1], chosen
-            chosen = []
+        yield Documents(texts.take(indices), part, path)
 
 
-def _tokenize(
-    documents: Iterator[tuple[list[Position], list[str]]], tokenizer: Tokenizer, threads: int
-) -> Iterator[TokenizedDocuments]:
-    for positions, texts in documents:
-        ids, offsets = tokenizer.encode_batch(texts, prepend_bos=True, threads=threads)
+def _positions(epoch: int, shard: int, group: int, documents: range) -> np.ndarray:
+    positions = np.empty((len(documents), len(Position._fields)), np.int64)
+    positions[:] = epoch, shard, group, 0
+    positions[:, 3] = documents
+    return positions
+
+
+def _tokenize(documents: Iterator[Documents], tokenizer: Tokenizer, threads: int) -> Iterator[TokenizedDocuments]:
+    for texts, positions, shard in documents:
+        try:
+            ids, offsets = tokenizer.encode_batch(texts, prepend_bos=True, threads=threads)
+        except UsageError as error:  # of a text that is not UTF-8
+            _, _, group, document = positions[0].tolist()
+            raise NanochatError(
+                f"cannot tokenize row group {group} of {shard} from document {document} on: {error}; "
+                "replace the shard by an intact copy"
+            ) from error
         yield TokenizedDocuments(ids, offsets, positions)
 
 
-def _chained(
-    corpus: Corpus, split: Split, snapshot: Snapshot, epochs: int | None
-) -> Iterator[tuple[list[Position], list[str]]]:
+def _chained(reader: ColumnReader, snapshot: Snapshot, epochs: int | None) -> Iterator[Documents]:
     """The documents of the buffer, then all that follow."""
-    yield from reread_documents(corpus, split, snapshot.buffer)
-    yield from read_documents(corpus, split, snapshot.next, epochs)
+    yield from reread_documents(reader, snapshot.buffer)
+    yield from read_documents(reader, snapshot.next, epochs)
 
 
 def _pack(
-    documents: Ahead[TokenizedDocuments],
-    packer: BestFitPacker,
-    start: Snapshot,
-    shape: Shape,
-    pin: torch.device | None,
+    documents: Ahead[TokenizedDocuments], packer: Any, start: Snapshot, shape: Shape, pin: torch.device | None
 ) -> Iterator[Block]:
-    """Blocks of this rank's rows: W × rows of the global order are packed, every W-th is kept."""
+    """Blocks of this rank's rows: W × rows of the global order are packed, every W-th is written."""
     if pin is not None:
         torch.cuda.set_device(pin)  # per thread; pinning under another device would open a context there
-    rows = np.empty((shape.rows * shape.world_size, packer.capacity), np.int32)
-    row, following = start.row, start.next
+    row, following, every = start.row, start.next, shape.rows * shape.world_size
     while True:
-        while packer.pack(rows) < len(rows):
+        block = torch.empty((shape.rows, shape.capacity), dtype=torch.int32, pin_memory=pin is not None)
+        own = (shape.rank - row) % shape.world_size
+        while packer.pack(block.numpy(), own, shape.world_size) < every:
             if packer.finished:
                 return
             more = next(documents, None)
             if more is None:
                 packer.finish()
             else:
-                packer.add(more.ids, more.offsets, more.positions)
-        block = torch.empty((shape.rows, packer.capacity), dtype=torch.int32, pin_memory=pin is not None)
-        block.numpy()[...] = rows[(shape.rank - row) % shape.world_size :: shape.world_size]
-        row += len(rows)
-        following = max(following, packer.newest._replace(document=packer.newest.document + 1))
+                packer.add(*more)
+        row += every
+        newest = Position(*packer.newest)
+        following = max(following, newest._replace(document=newest.document + 1))
         yield Block(block, Snapshot(row, following, packer.buffered()))
 
 
@@ -298,18 +313,19 @@ class PackedLoader:
             "version": 1, "split": split, "seq_len": seq_len, "buffer_size": buffer_size,
             "corpus": corpus.digest(split), "tokenizer": str(tokenizer.fingerprint),
         }  # fmt: skip
-        start = _from_state(state, self._identity) if state else Snapshot(0, Position(0, 0, 0, 0), [])
+        nothing = np.empty((0, len(Position._fields)), np.int64)
+        start = _from_state(state, self._identity) if state else Snapshot(0, Position(0, 0, 0, 0), nothing)
         self._snapshot = start
         pin = self._device if (self._device.type == "cuda" if pin_memory is None else pin_memory) else None
         if pin is not None and pin.type != "cuda":
             raise UsageError(f"pin_memory needs a CUDA device, not {self._device}")
         threads = threads or max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // world_size))
-        documents = _chained(corpus, split, start, epochs)
-        self._tokenized = Ahead(_tokenize(documents, tokenizer, threads), 4, f"tokenize-{split}")
-        packer = BestFitPacker(seq_len + 1, buffer_size)
-        blocks = _pack(self._tokenized, packer, start, Shape(rows, rank, world_size), pin)
-        self._blocks = Ahead(blocks, prefetch, f"pack-{split}")
-        self._finalizer = weakref.finalize(self, _end, self._blocks, self._tokenized)
+        packer = native().BestFitPacker(seq_len + 1, buffer_size)
+        shape = Shape(rows, seq_len + 1, rank, world_size)
+        self._documents = Ahead(_chained(ColumnReader(corpus, split), start, epochs), 2, f"read-{split}")
+        self._tokenized = Ahead(_tokenize(self._documents, tokenizer, threads), 2, f"tokenize-{split}")
+        self._blocks = Ahead(_pack(self._tokenized, packer, start, shape, pin), prefetch, f"pack-{split}")
+        self._finalizer = weakref.finalize(self, _end, self._blocks, self._tokenized, self._documents)
 
     def __iter__(self) -> "PackedLoader":
         return self
@@ -351,10 +367,10 @@ def _end(*stages: Ahead) -> None:
 def _to_state(snapshot: Snapshot, identity: dict[str, Any]) -> dict[str, Any]:
     """The JSON form of a snapshot: the buffer as [epoch, shard, row group, [indices]], in reading order."""
     buffer: list[list] = []
-    for position in snapshot.buffer:
-        if not buffer or tuple(buffer[-1][:3]) != position[:3]:
-            buffer.append([*position[:3], []])
-        buffer[-1][3].append(position.document)
+    for *place, document in snapshot.buffer.tolist():
+        if not buffer or buffer[-1][:3] != place:
+            buffer.append([*place, []])
+        buffer[-1][3].append(document)
     following = dict(zip(("epoch", "shard", "row_group", "offset"), snapshot.next, strict=True))
     return {**identity, "row": snapshot.row, **following, "buffer": buffer}
 
@@ -368,6 +384,7 @@ def _from_state(state: dict[str, Any], identity: dict[str, Any]) -> Snapshot:
             f"the saved data state does not belong to this run: {'; '.join(other)}; resume with the same "
             "corpus (the same --shards), tokenizer and sequence length, or start anew"
         )
-    buffer = [Position(epoch, shard, group, d) for epoch, shard, group, ds in state["buffer"] for d in ds]
+    positions = [(epoch, shard, group, d) for epoch, shard, group, ds in state["buffer"] for d in ds]
+    buffer = np.array(positions, np.int64).reshape(-1, len(Position._fields))
     following = Position(state["epoch"], state["shard"], state["row_group"], state["offset"])
     return Snapshot(state["row"], following, buffer)

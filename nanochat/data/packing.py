@@ -10,7 +10,8 @@ The buffer is a sorted list of single integers, length × 2^40 + serial number: 
 fits, a second the oldest among equals, so that the result depends on nothing but the order of arrival. Insertion
 moves at most 8 KB of pointers; the bisections dominate.
 
-The interface is one of arrays, filled by `add` and emptied by `pack`, and fit to be implemented natively.
+The interface is one of arrays, filled by `add` and emptied by `pack`. Pretraining uses the same in Rust,
+`nanochat_rustbpe.BestFitPacker`, which knows neither padding nor masks; this one is its specification.
 """
 
 from bisect import bisect_left, insort

@@ -10,8 +10,10 @@ use crate::split::Splitter;
 use crate::vocabulary::{FastMap, Vocabulary, MAX_ID};
 use crate::{invalid, parallel, Error};
 
-/// Text per job of a batch: small enough to balance threads, large enough to make a job's overhead vanish.
-const JOB_BYTES: usize = 1 << 19;
+/// Least and most text per job of a batch: large enough to make a job's overhead vanish, small enough to stay in cache.
+const JOB_BYTES: (usize, usize) = (1 << 15, 1 << 19);
+/// Jobs per thread where the limits allow: the last one keeps the other threads waiting for at most this share.
+const JOBS_PER_THREAD: usize = 8;
 
 /// An element of an output array: u16 where every id fits, else u32.
 pub trait Id: Copy + Send {
@@ -173,7 +175,7 @@ impl Encoding {
         specials: Specials,
         threads: usize,
     ) -> Result<(Vec<T>, Vec<i64>), Error> {
-        let jobs = group(texts);
+        let jobs = group(texts, threads);
         let parts = parallel::map(
             jobs.len(),
             threads,
@@ -233,12 +235,14 @@ impl Drop for Borrowed<'_> {
     }
 }
 
-/// Ranges of neighboring texts of about [`JOB_BYTES`] each.
-fn group(texts: &[&str]) -> Vec<std::ops::Range<usize>> {
+/// Ranges of neighboring texts, one for each job.
+fn group(texts: &[&str], threads: usize) -> Vec<std::ops::Range<usize>> {
+    let total: usize = texts.iter().map(|text| text.len()).sum();
+    let job_bytes = (total / JOBS_PER_THREAD / threads.max(1)).clamp(JOB_BYTES.0, JOB_BYTES.1);
     let (mut jobs, mut start, mut size) = (Vec::new(), 0, 0);
     for (index, text) in texts.iter().enumerate() {
         size += text.len();
-        if size >= JOB_BYTES || index + 1 == texts.len() {
+        if size >= job_bytes || index + 1 == texts.len() {
             jobs.push(start..index + 1);
             (start, size) = (index + 1, 0);
         }

@@ -11,11 +11,16 @@
 //! "find the most frequent adjacent pair, make it a token, join it everywhere". With an index from each pair to the
 //! places where it stands, the whole run costs O(joins · log pairs), not O(merges · corpus).
 //!
+//! Training a model wants rows of one length: [`column`] reads texts where Arrow keeps them, [`packer`] fits the encoded
+//! documents into rows.
+//!
 //! Everything here is plain Rust without Python; the `python` feature adds the one file that binds it.
 
 pub mod cache;
+pub mod column;
 pub mod encoder;
 pub mod merge;
+pub mod packer;
 pub mod parallel;
 pub mod piece;
 #[cfg(feature = "python")]

@@ -3,19 +3,22 @@
 //! No panic crosses into Python as a panic: [`guard`] turns it into a RuntimeError. Arrays are handed over as numpy
 //! arrays that own their memory; no list of ints is built for a batch.
 
-use numpy::{Element, IntoPyArray, PyArray1};
+use numpy::{Element, IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2};
+use numpy::{PyReadwriteArray2, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 use pyo3::types::{PyBytes, PyDict, PyString};
+use std::borrow::Cow;
 use std::ops::ControlFlow;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::{Arc, Mutex};
 
 use crate::encoder::{Id, Specials};
+use crate::packer::Key;
 use crate::stream::Utf8Stream;
-use crate::{merge, parallel, train, unicode, Error};
+use crate::{column, merge, parallel, train, unicode, Error};
 
 /// Text handed to a counting thread at a time.
 const BATCH_BYTES: usize = 1 << 20;
@@ -60,6 +63,52 @@ fn utf8(text: &Bound<'_, PyAny>, errors: &str) -> PyResult<PyBackedStr> {
     }
 }
 
+/// The texts of a batch, kept alive by Python: strings, or what `utf8_buffers()` of a column of strings gives.
+enum Texts<'py> {
+    Strings(Vec<PyBackedStr>),
+    Column { data: PyReadonlyArray1<'py, u8>, offsets: Offsets<'py>, replace: bool },
+}
+
+#[derive(FromPyObject)]
+enum Offsets<'py> {
+    Short(PyReadonlyArray1<'py, i32>),
+    Long(PyReadonlyArray1<'py, i64>),
+}
+
+impl<'py> Texts<'py> {
+    fn new(texts: &Bound<'py, PyAny>, errors: &str) -> PyResult<Self> {
+        if let Some(buffers) = texts.getattr_opt("utf8_buffers")? {
+            let (data, offsets) = buffers.call0()?.extract()?;
+            return Ok(Self::Column { data, offsets, replace: errors == "replace" });
+        }
+        let strings = texts.try_iter()?.map(|text| text.and_then(|text| utf8(&text, errors)));
+        Ok(Self::Strings(strings.collect::<PyResult<_>>()?))
+    }
+
+    /// A function that needs no GIL and gives the texts.
+    fn view<'a>(&'a self) -> PyResult<impl FnOnce() -> Result<Vec<Cow<'a, str>>, Error> + Send + 'a> {
+        enum View<'a> {
+            Strings(&'a [PyBackedStr]),
+            Short(&'a [u8], &'a [i32], bool),
+            Long(&'a [u8], &'a [i64], bool),
+        }
+        let view = match self {
+            Self::Strings(strings) => View::Strings(strings),
+            Self::Column { data, offsets: Offsets::Short(offsets), replace } => {
+                View::Short(data.as_slice()?, offsets.as_slice()?, *replace)
+            }
+            Self::Column { data, offsets: Offsets::Long(offsets), replace } => {
+                View::Long(data.as_slice()?, offsets.as_slice()?, *replace)
+            }
+        };
+        Ok(move || match view {
+            View::Strings(strings) => Ok(strings.iter().map(|text| Cow::Borrowed(&**text)).collect()),
+            View::Short(data, offsets, replace) => column::texts(data, offsets, replace),
+            View::Long(data, offsets, replace) => column::texts(data, offsets, replace),
+        })
+    }
+}
+
 /// A vocabulary, a split pattern and special tokens. Immutable; safe to share among threads.
 #[pyclass(frozen, module = "nanochat_rustbpe")]
 struct Encoding {
@@ -78,12 +127,14 @@ impl Encoding {
     fn batch<'py, T: Id + Element>(
         &self,
         py: Python<'py>,
-        texts: &[PyBackedStr],
+        texts: &Texts<'_>,
         first: Option<u32>,
         specials: Specials,
         threads: usize,
     ) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyArray1<i64>>)> {
+        let view = texts.view()?;
         let (ids, offsets) = guard(py, || {
+            let texts = view()?;
             let texts: Vec<&str> = texts.iter().map(|text| &**text).collect();
             self.inner.encode_batch::<T>(&texts, first, specials, threads)
         })?;
@@ -192,8 +243,7 @@ impl Encoding {
         if texts.is_instance_of::<PyString>() {
             return Err(PyTypeError::new_err("encode_batch takes a sequence of str, not one str; use encode"));
         }
-        let texts: Vec<PyBackedStr> =
-            texts.try_iter()?.map(|text| text.and_then(|text| utf8(&text, errors))).collect::<PyResult<_>>()?;
+        let texts = Texts::new(texts, errors)?;
         let threads = threads.unwrap_or_else(parallel::available_threads);
         let specials = self.specials_from(allow_specials);
         match self.inner.id_limit() <= 1 << 16 {
@@ -424,6 +474,92 @@ fn feed(py: Python<'_>, iterator: Bound<'_, pyo3::types::PyIterator>, sender: &S
     Ok(())
 }
 
+/// Rows of one length from documents of any: see the module `packer`.
+#[pyclass(module = "nanochat_rustbpe")]
+struct BestFitPacker {
+    inner: crate::packer::Packer,
+}
+
+#[derive(FromPyObject)]
+enum Tokens<'py> {
+    Short(PyReadonlyArray1<'py, u16>),
+    Long(PyReadonlyArray1<'py, u32>),
+}
+
+#[pymethods]
+impl BestFitPacker {
+    #[new]
+    #[pyo3(signature = (capacity, buffer_size=1000))]
+    fn new(capacity: usize, buffer_size: usize) -> PyResult<Self> {
+        Ok(Self { inner: crate::packer::Packer::new(capacity, buffer_size)? })
+    }
+
+    fn add(
+        &mut self,
+        py: Python<'_>,
+        ids: Tokens<'_>,
+        offsets: PyReadonlyArray1<'_, i64>,
+        keys: PyReadonlyArray2<'_, i64>,
+    ) -> PyResult<()> {
+        if keys.shape()[1] != 4 {
+            return Err(PyValueError::new_err(format!("a key has 4 numbers, not {}", keys.shape()[1])));
+        }
+        let keys: Vec<Key> =
+            keys.as_slice()?.chunks_exact(4).map(|key| key.try_into().expect("a chunk of 4")).collect();
+        let (inner, offsets) = (&mut self.inner, offsets.as_slice()?);
+        match ids {
+            Tokens::Short(ids) => {
+                let ids = ids.as_slice()?;
+                guard(py, || inner.add(ids, offsets, &keys))
+            }
+            Tokens::Long(ids) => {
+                let ids = ids.as_slice()?;
+                guard(py, || inner.add(ids, offsets, &keys))
+            }
+        }
+    }
+
+    fn finish(&mut self) {
+        self.inner.finish();
+    }
+
+    #[getter]
+    fn finished(&self) -> bool {
+        self.inner.finished()
+    }
+
+    #[getter]
+    fn newest(&self) -> Option<(i64, i64, i64, i64)> {
+        self.inner.newest().map(|[a, b, c, d]| (a, b, c, d))
+    }
+
+    fn buffered<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<i64>>> {
+        let keys: Vec<i64> = self.inner.buffered().flatten().collect();
+        let count = keys.len() / 4;
+        keys.into_pyarray(py).reshape([count, 4])
+    }
+
+    #[pyo3(signature = (rows, first=0, step=1))]
+    fn pack(
+        &mut self,
+        py: Python<'_>,
+        mut rows: PyReadwriteArray2<'_, i32>,
+        first: usize,
+        step: usize,
+    ) -> PyResult<usize> {
+        let capacity = self.inner.capacity();
+        if rows.shape()[1] != capacity {
+            let shape = rows.shape();
+            return Err(PyValueError::new_err(format!("rows of shape {shape:?} do not hold {capacity} tokens each")));
+        }
+        if first >= step {
+            return Err(PyValueError::new_err(format!("first {first} must be less than step {step}")));
+        }
+        let (inner, rows) = (&mut self.inner, rows.as_slice_mut()?);
+        guard(py, || Ok(inner.pack(rows, first, step)))
+    }
+}
+
 /// Ranks of the vocabulary that `merges` make: the 256 bytes, then one token for each merge.
 #[pyfunction]
 fn ranks_from_merges<'py>(py: Python<'py>, merges: Vec<(u32, u32)>) -> PyResult<Bound<'py, PyDict>> {
@@ -444,6 +580,7 @@ fn nanochat_rustbpe(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<Encoding>()?;
     module.add_class::<StreamDecoder>()?;
     module.add_class::<WordCounts>()?;
+    module.add_class::<BestFitPacker>()?;
     module.add_function(wrap_pyfunction!(ranks_from_merges, module)?)?;
     module.add("PATTERN_2", crate::split::PATTERN_2)?;
     module.add("PATTERN_3", crate::split::PATTERN_3)?;
