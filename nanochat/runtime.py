@@ -68,7 +68,9 @@ def choose_device(name: DeviceName, local_rank: int = 0) -> tuple[torch.device, 
     elif name not in available:
         raise UsageError(f"unknown device {name!r}; use one of auto, cpu, cuda, mps")
     elif not available[name]:
-        raise UsageError(f"device {name!r} was asked for, but torch {torch.__version__} finds none; use --device cpu or auto")
+        raise UsageError(
+            f"device {name!r} was asked for, but torch {torch.__version__} finds none; use --device cpu or auto"
+        )
     else:
         chosen, reason = name, "asked for"
     if chosen == "cuda":
@@ -109,7 +111,9 @@ def start(device: DeviceName = "auto", dtype: DtypeName = "auto", seed: int = 42
 
     The backend is nccl on CUDA and gloo elsewhere. float32 matrix products may use TF32 on CUDA.
     """
-    rank, local_rank, world_size = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     chosen_device, device_reason = choose_device(device, local_rank)
     chosen_dtype, dtype_reason = choose_dtype(dtype, chosen_device)
     if chosen_device.type == "cuda":
