@@ -9,7 +9,6 @@ Exit code 1 if either does not hold.
 """
 
 import argparse
-import base64
 import os
 import pickle
 import subprocess
@@ -33,18 +32,14 @@ from nanochat_kernels import KernelPlan
 LOSSES, LOSS_LIMIT, BPB_LIMIT = 20, 1e-5, 0.002
 
 
-def prepare_base(folder: Path, data: Path, tokenizer: Tokenizer, ranks_file: Path) -> None:
+def prepare_base(folder: Path, data: Path, tokenizer: Tokenizer) -> None:
     """A base folder as the checkout expects it: parquet shards, and our ranks as its pickled tokenizer."""
     shards = folder / "base_data_climbmix"
     shards.mkdir()
     for shard in sorted(data.glob("*.parquet")):
         (shards / shard.name).symlink_to(shard.resolve())
-    ranks = {}
-    for line in ranks_file.read_text().splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
     encoding = tiktoken.Encoding(
-        "ours", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens=dict(tokenizer.specials)
+        "ours", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.ranks(), special_tokens=dict(tokenizer.specials)
     )
     (folder / "tokenizer").mkdir()
     (folder / "tokenizer" / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
@@ -110,7 +105,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base, out = Path(folder, "base"), Path(folder, "out")
         base.mkdir()
-        prepare_base(base, args.data, tokenizer, tokenizer.ranks_file(args.tokenizer))
+        prepare_base(base, args.data, tokenizer)
         run_peer(Path(args.peer.removeprefix("nanochat=")), base, out, args, tokenizer.vocab_size)
         losses, bpb = run_ours(out, args, tokenizer.vocab_size)
         run = np.load(out / "run.npz")
