@@ -501,8 +501,9 @@ impl BestFitPacker {
         offsets: PyReadonlyArray1<'_, i64>,
         keys: PyReadonlyArray2<'_, i64>,
     ) -> PyResult<()> {
-        if keys.shape()[1] != 4 {
-            return Err(PyValueError::new_err(format!("a key has 4 numbers, not {}", keys.shape()[1])));
+        if keys.shape()[1] != 4 || !keys.is_c_contiguous() {
+            let shape = keys.shape();
+            return Err(PyValueError::new_err(format!("keys must be C-contiguous, 4 numbers each, not {shape:?}")));
         }
         let keys: Vec<Key> =
             keys.as_slice()?.chunks_exact(4).map(|key| key.try_into().expect("a chunk of 4")).collect();
@@ -551,6 +552,9 @@ impl BestFitPacker {
         if rows.shape()[1] != capacity {
             let shape = rows.shape();
             return Err(PyValueError::new_err(format!("rows of shape {shape:?} do not hold {capacity} tokens each")));
+        }
+        if !rows.is_c_contiguous() {
+            return Err(PyValueError::new_err("rows must be C-contiguous"));
         }
         if first >= step {
             return Err(PyValueError::new_err(format!("first {first} must be less than step {step}")));
