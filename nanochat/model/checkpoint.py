@@ -144,6 +144,11 @@ def load_optimizer(folder: Path, step: int | None = None) -> dict[str, Tensor]:
     return _read_tensors(folder, _choose(folder, step), OPTIMIZER)
 
 
+def has_optimizer(folder: Path, step: int | None = None) -> bool:
+    """Whether a checkpoint holds an optimizer's state; imported ones do not."""
+    return (step_folder(folder, _choose(folder, step)) / OPTIMIZER).exists()
+
+
 def load_model(
     folder: Path,
     step: int | None = None,

@@ -62,6 +62,8 @@ class PretrainConfig:
     """auto, torch, fused, and/or op=backend pairs, separated by commas."""
     compile: Compile = "auto"
     """torch.compile, block by block. auto: on CUDA."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
     eval_every: int = 250
     """Updates between validations; 0 for none."""
     eval_tokens: int | None = None

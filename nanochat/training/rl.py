@@ -65,6 +65,8 @@ class RlConfig:
     """Answers that a device learns from at a time; chosen by their length by default."""
     rollout_rows: int = 256
     """Answers generated together."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
     eval_every: int = 60
     """Updates between measurements of pass@k, also made before the first and after the last; 0 for none."""
     eval_problems: int = 400

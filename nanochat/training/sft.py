@@ -53,6 +53,8 @@ class SftConfig:
     """Rows a device takes at a time; found automatically by default."""
     lr: float = 0.8
     """Highest learning rates, as a share of pretraining's."""
+    checkpoint_activations: bool = False
+    """Compute activations again in the backward pass instead of keeping them: a third more work, far less memory."""
     eval_every: int = 200
     """Updates between validations; 0 for none."""
     eval_tokens: int | None = None

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from nanochat import runtime as runtimes
@@ -56,6 +57,8 @@ class StageConfig(Protocol):
     def kernels(self) -> str: ...
     @property
     def compile(self) -> Compile: ...
+    @property
+    def checkpoint_activations(self) -> bool: ...
     @property
     def eval_every(self) -> int: ...
     @property
@@ -118,7 +121,15 @@ class Stage:
         self.seconds_before: float = self.meta.get("loop", {}).get("seconds", 0.0)
 
     def _choose_start(self) -> int | None:
-        """The step to go on from, None for a new run. On rank 0 alone."""
+        """The step to go on from, None for a new run. On rank 0 alone, which holds the tag from here to its end."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder.with_name(f".{self.folder.name}.lock"))
+        try:
+            self.lock.acquire(timeout=0)  # the system lets go of it when the process ends, however it ends
+        except Timeout:
+            raise NanochatError(
+                f"another process is training {self.folder} right now; wait for its end or give this run another --tag"
+            ) from None
         found = checkpoint.latest(self.folder)
         if self.config.resume == "never":
             if found is not None:
@@ -209,7 +220,11 @@ class Stage:
         groups = parameter_groups(parameters, model_config.width, lr_scale, muon_decay)
         self.optimizer = MuonAdamW(parameters, groups, self.plan, runtime)
         if source is not None and (moments or self.start is not None):
-            self.optimizer.load_state_dict(checkpoint.load_optimizer(*source))
+            if checkpoint.has_optimizer(*source):
+                self.optimizer.load_state_dict(checkpoint.load_optimizer(*source))
+            else:
+                self.say(f"{source[0]} was imported without an optimizer's state: the moments start at zero")
+        self.model.checkpoint_activations = config.checkpoint_activations
         if self.compiled:
             self.model.compile_blocks()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model import checkpoint
@@ -317,3 +318,11 @@ def test_the_command_line(base, capfd):
     assert "--rows 3 does not divide" in capfd.readouterr().err
     assert main([*words.split(), "--kernels", "attention=nonsense", "--tag", "x"]) == 2
     assert Path(folder_of(base) / "metrics.jsonl").exists()
+
+
+def test_two_processes_cannot_train_the_same_run(base):
+    held = FileLock(base / "base_checkpoints" / ".d2.lock")
+    (base / "base_checkpoints").mkdir(exist_ok=True)
+    with held, pytest.raises(NanochatError, match="another process is training"):
+        pretrain.run(TINY)
+    assert checkpoint.latest(folder_of(base)) is None

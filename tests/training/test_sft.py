@@ -296,3 +296,15 @@ def test_what_is_missing_or_changed_is_said(chat_base, base):
     sft.run(replace(TINY, steps=1, eval_every=0))
     with pytest.raises(UsageError, match="lr was 0.8 and is 0.5.*--resume never"):
         sft.run(replace(TINY, steps=1, eval_every=0, lr=0.5))
+
+
+def test_a_base_model_without_optimizer_state_starts_with_fresh_moments(chat_base, capsys):
+    """As an imported one is; activations recomputed in the backward pass change nothing."""
+    folder = chat_base / "base_checkpoints" / "tiny"
+    meta, state = checkpoint.load_meta(folder), dict(checkpoint.load_state(folder))
+    checkpoint.save(folder.with_name("bare"), meta["step"], state, None, meta, None)
+    imported = replace(TINY, from_tag="bare", steps=2, eval_every=0)
+    assert sft.run(replace(imported, tag="kept")) == 0
+    assert "moments start at zero" in capsys.readouterr().out
+    assert sft.run(replace(imported, tag="again", checkpoint_activations=True)) == 0
+    assert losses(folder_of(chat_base, "kept")) == losses(folder_of(chat_base, "again"))
