@@ -210,20 +210,21 @@ def speed(args):
     import torch
 
     started = time.perf_counter()
-    model = build(args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build(args).to(device)
     compiled = torch.compile(model, dynamic=False)
     optimizer = make_optimizer(model, args.rows * args.seq_len, args.decay)
     draw = torch.Generator().manual_seed(0)
     seconds = []
     for it in range(args.steps):
-        tokens = torch.randint(0, args.vocab_size, (args.rows, args.seq_len + 1), generator=draw)
+        tokens = torch.randint(0, args.vocab_size, (args.rows, args.seq_len + 1), generator=draw).to(device)
         begin = time.perf_counter()
         loss = compiled(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         loss.backward()
         set_schedule(optimizer, it, 1000, args.decay)
         optimizer.step()
         model.zero_grad(set_to_none=True)
-        loss.item()
+        torch.cuda.synchronize() if device == "cuda" else None
         seconds.append(time.perf_counter() - begin)
         if it == 0:
             first = time.perf_counter() - started

@@ -53,7 +53,8 @@ def ours(args: argparse.Namespace) -> dict:
         loss = model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         loss.backward()
         optimizer.step(rates_at(step, 1000))
-        loss.item()
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
         if step == 0:
             first = time.perf_counter() - began
