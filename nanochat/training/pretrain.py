@@ -8,6 +8,7 @@ last checkpoint ends; a different configuration under the same tag is refused ra
 """
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,7 +95,8 @@ def run(config: PretrainConfig) -> int:
     """The command; returns the exit code. Raises UsageError and NanochatError."""
     runtime = runtimes.start(config.device, config.dtype, config.seed)
     try:
-        return Pretraining(config, runtime).run()
+        with closing(Pretraining(config, runtime)) as stage:
+            return stage.run()
     finally:
         runtimes.stop(runtime)
 

@@ -11,6 +11,7 @@ The run's folder is <base dir>/rl_checkpoints/<tag>; the same command again goes
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -114,7 +115,8 @@ def run(config: RlConfig) -> int:
     """The command; returns the exit code. Raises UsageError and NanochatError."""
     runtime = runtimes.start(config.device, config.dtype, config.seed)
     try:
-        return Reinforcement(config, runtime).run()
+        with closing(Reinforcement(config, runtime)) as stage:
+            return stage.run()
     finally:
         runtimes.stop(runtime)
 

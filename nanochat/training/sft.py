@@ -9,6 +9,7 @@ the second half. It learns what the assistant says and nothing else (chat_format
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,7 +101,8 @@ def run(config: SftConfig) -> int:
     """The command; returns the exit code. Raises UsageError and NanochatError."""
     runtime = runtimes.start(config.device, config.dtype, config.seed)
     try:
-        return FineTuning(config, runtime).run()
+        with closing(FineTuning(config, runtime)) as stage:
+            return stage.run()
     finally:
         runtimes.stop(runtime)
 

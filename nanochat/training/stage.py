@@ -102,7 +102,14 @@ class Stage:
         self.tokenizer = Tokenizer.load(base_dir() / "tokenizer")
         self.fingerprint = self.tokenizer.fingerprint
         self.metrics: MetricsLog | None = None
+        self.lock: FileLock | None = None  # rank 0's hold on the tag
         self.val_bpb: float | None = None
+
+    def close(self) -> None:
+        """Lets go of the tag. Stages belong in `contextlib.closing`: a loop and its stage refer to each other, so the
+        collector alone would do it some time later."""
+        if self.lock is not None:
+            self.lock.release()
 
     def say(self, text: str) -> None:
         if self.runtime.is_main:
