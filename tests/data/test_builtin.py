@@ -226,4 +226,4 @@ def test_documents_repeat_rarely() -> None:
     assert len(set(texts)) / len(texts) > 0.995
     assert not any("<|" in text for text in texts)
     trained = set(re.findall("[a-z]+", " ".join(texts)))
-    assert len(set(words("train")) & trained) > 0.9 * len(words("train"))
+    assert len(set(words("train")) & trained) > 0.7 * len(words("train"))  # in a sixth of the default corpus

@@ -105,16 +105,24 @@ _SYLLABLES = ("ba", "be", "bo", "ca", "co", "da", "del", "di", "er", "fa", "fen"
 
 
 def invented_word(rng: random.Random) -> str:
-    """A word that does not exist, for copying: it has no habits to fall back on."""
+    """A word that does not exist, for copying: it has no habits to fall back on.
+
+    Half of them are the beginning of one listed word and the end of another: they are made of the very tokens that
+    unseen words are made of, but knowing the listed words does not help to go on after the first.
+    """
     while True:
-        word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
-        if word not in held_out_words():
+        if rng.random() < 0.5:
+            word = "".join(rng.choice(_SYLLABLES) for _ in range(rng.randint(2, 4)))
+        else:
+            first, second = rng.sample(words("train"), 2)
+            word = first[: rng.randint(2, len(first) - 1)] + second[rng.randint(1, len(second) - 2) :]
+        if 4 <= len(word) <= 12 and word not in held_out_words():
             return word
 
 
 def practice_word(rng: random.Random, split: Split) -> str:
-    """A listed word of `split`; in training now and then an invented one."""
-    return invented_word(rng) if split == "train" and rng.random() < 0.3 else rng.choice(words(split))
+    """A listed word of `split`; in training more often than not an invented one."""
+    return invented_word(rng) if split == "train" and rng.random() < 0.6 else rng.choice(words(split))
 
 
 def a_letter(rng: random.Random, word: str) -> str:
