@@ -6,6 +6,10 @@ The checkout runs first, in a process and a base folder of its own, with its own
 (float32, uncompiled). Its initial weights and its batches are then loaded into ours. Two verdicts:
 the first 20 losses agree within 1e-5, and the bits per byte on the same validation rows, after all steps, within 0.2%.
 Exit code 1 if either does not hold.
+
+Ours runs on the reference kernels, which round as the checkout does. That matters here: at initialization some
+gradients are nothing but rounding noise, of which AdamW makes full steps, and small batches (512 tokens) amplify the
+difference between two equally exact kernels from 1e-6 to visible within 20 steps.
 """
 
 import argparse
@@ -99,7 +103,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--val-steps", type=int, default=40)
-    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--kernels", default="torch", help="ours; other kernels round differently, see above")
     args = parser.parse_args()
     tokenizer = Tokenizer.load(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
