@@ -5,7 +5,7 @@
 #
 #   NANOCHAT_BASE_DIR                where everything goes (default ~/.cache/nanochat)
 #   DEPTH                            layers of the model (default 3: 2 million parameters)
-#   STEPS, SFT_STEPS, RL_STEPS       length of the stages (default 700, 500 and 30; 2,048 tokens to a step of the first two)
+#   STEPS, SFT_STEPS, RL_STEPS       length of the stages (default 700, 500 and 25; 2,048 tokens to a step of the first two)
 #   SEED                             seed of the initial weights and of the practice (default 42)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,19 +20,19 @@ stage() { printf '\n\033[1;34m[quickstart]\033[0m %s (%d s so far)\n' "$*" $((SE
 
 stage "text from the built-in world, and a tokenizer"
 nanochat data --source builtin
-[ -d "$base/tokenizer" ] || nanochat tok-train --data builtin --vocab-size 1024
+[ -d "$base/tokenizer" ] || nanochat tok-train --data builtin --vocab-size 512
 
 stage "base model: learning English, copying and spelling"
 nanochat train --data builtin --depth "$depth" --head-dim 64 --seq-len 256 --batch-tokens 2048 --steps "${STEPS:-700}" \
   --tag "$tag" --seed "$seed" --eval-every 350 --eval-tokens 32768 --sample-every 350 --save-every 100
 
 stage "fine-tuning: learning to answer"
-nanochat sft --data builtin --from-tag "$tag" --steps "${SFT_STEPS:-500}" --seed "$seed" \
+nanochat sft --data builtin --from-tag "$tag" --steps "${SFT_STEPS:-500}" --lr 2 --seed "$seed" \
   --eval-every 250 --eval-tokens 32768 --sample-every 250 --save-every 100
 
 stage "reinforcement learning: practicing word problems"
-nanochat rl --data word-problems --from-tag "$tag" --steps "${RL_STEPS:-30}" --samples 8 --max-tokens 96 --lr 0.006 --seed "$seed" \
-  --eval-every 30 --eval-problems 500 --eval-samples 2 --save-every 10
+nanochat rl --data word-problems --from-tag "$tag" --steps "${RL_STEPS:-25}" --samples 8 --max-tokens 96 --lr 0.006 --seed "$seed" \
+  --eval-every 25 --eval-problems 500 --eval-samples 1 --save-every 10
 
 stage "evaluation on questions that no stage has seen"
 ls "$base/rl_checkpoints/$tag"/chat_eval_*.json >/dev/null 2>&1 ||
