@@ -38,6 +38,7 @@ class Build:
     constants: Mapping[str, object]
     num_warps: int
     odd: tuple[str, ...] = ()  # integers that are not multiples of 16
+    num_stages: int = 3
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ def compile_for(build: Build, capability: int) -> Facts:
     }
     source = ASTSource(build.kernel, signature, constants, aligned)
     compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.num_warps, "num_stages": 3}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": build.num_warps, "num_stages": build.num_stages},
     )
     resources, code = _read(compiled.asm["cubin"])
     widths = [int(width or 32) for width in re.findall(r"(?:LDG|STG)\.E(?:\.[A-Z_]+)*?(?:\.(64|128))?[ .]", code)]
