@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanochat_kernels.numerics import normal, wide
 from nanochat_kernels.registry import Case, Cost, Op, Place
+from nanochat_kernels.triton_support import needs_triton
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -154,7 +155,9 @@ attention = Op(
     sdpa=attention_sdpa,
     flex=attention_flex,
     flash=attention_flash,
-    available={"flex": _needs_cuda, "flash": _flash_probe},
+    triton="nanochat_kernels.attention_triton:attention_triton",
+    available={"flex": _needs_cuda, "flash": _flash_probe, "triton": needs_triton},
+    custom=("triton",),
     auto=(
         ("flash", lambda place: place.device.type == "cuda", "FlashAttention is installed: windows without copies"),
         ("sdpa", lambda place: True, "fused softmax, banded windows: memory follows the window, not T²"),

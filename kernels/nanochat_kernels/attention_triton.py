@@ -1,0 +1,400 @@
+"""Attention in Triton: scores live in registers, and a window is a bound of a loop, not a mask over T².
+
+    S = QKᵀ/√D      P = exp(S − L)      O = PV        L = log Σ_j exp(S_j), saved: (B, H, T) float32
+    Δ = Σ_d dO·O    dV = PᵀdO    dS = P∘(dOVᵀ − Δ)    dQ = dS·K/√D    dK = dSᵀQ/√D
+
+Forward: one program per block of queries and head. It walks over the blocks of keys that its window reaches, keeps
+the running maximum and sum of each row (online softmax: Milakov, Gimelshein, arXiv 1805.02867; Dao, arXiv
+2307.08691), and rescales what it has when the maximum grows. Only blocks at the two edges, where the window begins
+and at the diagonal, compare positions; all between are free of masks:
+
+        keys →      window edge       interior       diagonal
+    query block   [ ▚▚ masked ▚▚ ] [ ██ ██ ██ ██ ] [ ▚▚ masked ▚▚ ]
+
+Backward: P is formed again from L, which costs one product and saves the T² memory. Two kernels, each with one owner
+of what it sums: a program per block of keys (all query heads of its group, all queries that can see it) for dK and
+dV, a program per block of queries for dQ. The price is seven products where one kernel with atomic additions to dQ
+needs five; bought with it are sums in a fixed order (the same bits every time) and no float32 copy of dQ.
+
+Work is T·(window + one block) per head in each direction; memory beyond the results is L and Δ. Layout (B, T, H, D)
+with any strides before D, so q, k and v may be views of one product. Exponentials are base 2, the hardware's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanochat_kernels.compiled import Build
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _load_rows(
+    ptr, start, token_stride, length, HEAD_D: tl.constexpr, EDGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """(BLOCK, BLOCK_D) of one head's tokens from `start` on. EDGE: some may lie beyond the sequence."""
+    token = start + tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    if HEAD_D < BLOCK_D:
+        return tl.load(ptr + token * token_stride + d, mask=(token < length) & (d < HEAD_D), other=0.0)
+    if EDGE:
+        return tl.load(ptr + token * token_stride + d, mask=token < length, other=0.0)
+    return tl.load(ptr + token * token_stride + d)
+
+
+@triton.jit
+def _store_rows(
+    ptr, value, start, token_stride, length, HEAD_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    token = start + tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(ptr + token * token_stride + d, value.to(ptr.dtype.element_ty), mask=(token < length) & (d < HEAD_D))
+
+
+@triton.jit
+def _key_bounds(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of the queries first … first + BLOCK_M: where their keys begin, the interior begins, ends, and the keys end."""
+    begin = tl.maximum(first - window, 0) // BLOCK_N * BLOCK_N
+    diagonal = first // BLOCK_N * BLOCK_N
+    interior = (tl.maximum(first + BLOCK_M - 1 - window, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    interior = tl.minimum(interior, diagonal)
+    return begin, interior, diagonal, tl.minimum(first + BLOCK_M, length)
+
+
+@triton.jit
+def _query_bounds(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Of the keys first … first + BLOCK_N: where their queries begin, the interior begins, ends, and they end."""
+    begin = first // BLOCK_M * BLOCK_M
+    end = tl.minimum(first + BLOCK_N + window, length)
+    interior = tl.minimum((first + BLOCK_N - 1 + BLOCK_M - 1) // BLOCK_M * BLOCK_M, (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+    faded = tl.minimum(first + window + 1, length) // BLOCK_M * BLOCK_M
+    return begin, interior, tl.maximum(faded, interior), end
+
+
+@triton.jit
+def _forward_blocks(
+    acc, total, top, q, k_ptr, v_ptr, k_token, v_token, row, start, stop, length, window, scale,
+    MASKED: tl.constexpr, HEAD_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    for n in tl.range(start, stop, BLOCK_N):
+        k = _load_rows(k_ptr, n, k_token, length, HEAD_D, MASKED, BLOCK_N, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            distance = row[:, None] - (n + tl.arange(0, BLOCK_N))[None, :]
+            s = tl.where((distance >= 0) & (distance <= window), s, -float("inf"))
+        higher = tl.maximum(top, tl.max(s, axis=1) * scale)
+        p = tl.exp2(s * scale - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, axis=1)
+        v = _load_rows(v_ptr, n, v_token, length, HEAD_D, MASKED, BLOCK_N, BLOCK_D)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        top = higher
+    return acc, total, top
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, length, heads, group, window, scale,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """scale is log₂e/√D, lse in units of log 2. The last queries have the most keys and start first."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    q_ptr += batch * q_batch + head * q_head
+    k_ptr += batch * k_batch + head // group * k_head
+    v_ptr += batch * v_batch + head // group * v_head
+    out_ptr += (batch * length * heads + head) * HEAD_D
+    row = first + tl.arange(0, BLOCK_M)
+    q = _load_rows(q_ptr, first, q_token, length, HEAD_D, True, BLOCK_M, BLOCK_D)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: a row may see nothing of its first block
+    begin, interior, diagonal, end = _key_bounds(first, length, window, BLOCK_M, BLOCK_N)
+    acc, total, top = _forward_blocks(
+        acc, total, top, q, k_ptr, v_ptr, k_token, v_token, row, begin, interior, length, window, scale,
+        True, HEAD_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc, total, top = _forward_blocks(
+        acc, total, top, q, k_ptr, v_ptr, k_token, v_token, row, interior, diagonal, length, window, scale,
+        False, HEAD_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    acc, total, top = _forward_blocks(
+        acc, total, top, q, k_ptr, v_ptr, k_token, v_token, row, diagonal, end, length, window, scale,
+        True, HEAD_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    _store_rows(out_ptr, acc / total[:, None], first, heads * HEAD_D, length, HEAD_D, BLOCK_M, BLOCK_D)
+    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * length + row, top + tl.log2(total), mask=row < length)
+
+
+@triton.jit
+def _attention_delta_kernel(
+    out_ptr, dout_ptr, delta_ptr, length, heads, HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Δ of a block of queries: what the softmax's gradient subtracts. Results and their gradients are contiguous."""
+    first = tl.program_id(0) * BLOCK_M
+    row = first + tl.arange(0, BLOCK_M)
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    start = (batch * length * heads + tl.program_id(1) % heads) * HEAD_D
+    out = _load_rows(out_ptr + start, first, heads * HEAD_D, length, HEAD_D, True, BLOCK_M, BLOCK_D).to(tl.float32)
+    dout = _load_rows(dout_ptr + start, first, heads * HEAD_D, length, HEAD_D, True, BLOCK_M, BLOCK_D).to(tl.float32)
+    delta = tl.sum(out * dout, axis=1)
+    tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * length + row, delta, mask=row < length)
+
+
+@triton.jit
+def _dkdv_blocks(
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_token, dout_token, column, start, stop, length, window, scale,
+    MASKED: tl.constexpr, HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Everything transposed, (keys, queries), so that the products with dO and Q need no transposition."""
+    for m in tl.range(start, stop, BLOCK_M):
+        row = m + tl.arange(0, BLOCK_M)
+        q = _load_rows(q_ptr, m, q_token, length, HEAD_D, MASKED, BLOCK_M, BLOCK_D)
+        if MASKED:
+            lse = tl.load(lse_ptr + row, mask=row < length, other=0.0)
+            delta = tl.load(delta_ptr + row, mask=row < length, other=0.0)
+        else:
+            lse = tl.load(lse_ptr + row)
+            delta = tl.load(delta_ptr + row)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+        if MASKED:
+            distance = row[None, :] - column[:, None]
+            p = tl.where((distance >= 0) & (distance <= window) & (row < length)[None, :], p, 0.0)
+        dout = _load_rows(dout_ptr, m, dout_token, length, HEAD_D, MASKED, BLOCK_M, BLOCK_D)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _attention_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, length, heads, group, window, scale, root,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of one key/value head; root is D^-½. The first keys have the most queries and start first."""
+    first = tl.program_id(0) * BLOCK_N
+    kv_heads = heads // group
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    kv_head = tl.program_id(1) % kv_heads
+    column = first + tl.arange(0, BLOCK_N)
+    k = _load_rows(
+        k_ptr + batch * k_batch + kv_head * k_head, first, k_token, length, HEAD_D, True, BLOCK_N, BLOCK_D
+    )
+    v = _load_rows(
+        v_ptr + batch * v_batch + kv_head * v_head, first, v_token, length, HEAD_D, True, BLOCK_N, BLOCK_D
+    )
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    begin, interior, faded, end = _query_bounds(first, length, window, BLOCK_M, BLOCK_N)
+    dout_token = heads * HEAD_D
+    for member in range(0, group):
+        head = kv_head * group + member
+        q = q_ptr + batch * q_batch + head * q_head
+        dout = dout_ptr + (batch * length * heads + head) * HEAD_D
+        lse = lse_ptr + (batch * heads + head) * length
+        delta = delta_ptr + (batch * heads + head) * length
+        dk, dv = _dkdv_blocks(
+            dk, dv, k, v, q, dout, lse, delta, q_token, dout_token, column, begin, interior, length, window, scale,
+            True, HEAD_D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        dk, dv = _dkdv_blocks(
+            dk, dv, k, v, q, dout, lse, delta, q_token, dout_token, column, interior, faded, length, window, scale,
+            False, HEAD_D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        dk, dv = _dkdv_blocks(
+            dk, dv, k, v, q, dout, lse, delta, q_token, dout_token, column, faded, end, length, window, scale,
+            True, HEAD_D, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+    start = (batch * length * kv_heads + kv_head) * HEAD_D
+    _store_rows(dk_ptr + start, dk * root, first, kv_heads * HEAD_D, length, HEAD_D, BLOCK_N, BLOCK_D)
+    _store_rows(dv_ptr + start, dv, first, kv_heads * HEAD_D, length, HEAD_D, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def _dq_blocks(
+    dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, row, start, stop, length, window, scale,
+    MASKED: tl.constexpr, HEAD_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    for n in tl.range(start, stop, BLOCK_N):
+        k = _load_rows(k_ptr, n, k_token, length, HEAD_D, MASKED, BLOCK_N, BLOCK_D)
+        v = _load_rows(v_ptr, n, v_token, length, HEAD_D, MASKED, BLOCK_N, BLOCK_D)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
+        if MASKED:
+            distance = row[:, None] - (n + tl.arange(0, BLOCK_N))[None, :]
+            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit
+def _attention_dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, length, heads, group, window, scale, root,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    k_ptr += batch * k_batch + head // group * k_head
+    v_ptr += batch * v_batch + head // group * v_head
+    start = (batch * length * heads + head) * HEAD_D
+    row = first + tl.arange(0, BLOCK_M)
+    statistics = tl.program_id(1).to(tl.int64) * length + row
+    q = _load_rows(
+        q_ptr + batch * q_batch + head * q_head, first, q_token, length, HEAD_D, True, BLOCK_M, BLOCK_D
+    )
+    dout = _load_rows(dout_ptr + start, first, heads * HEAD_D, length, HEAD_D, True, BLOCK_M, BLOCK_D)
+    lse = tl.load(lse_ptr + statistics, mask=row < length, other=0.0)
+    delta = tl.load(delta_ptr + statistics, mask=row < length, other=0.0)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    begin, interior, diagonal, end = _key_bounds(first, length, window, BLOCK_M, BLOCK_N)
+    dq = _dq_blocks(
+        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, row, begin, interior, length, window, scale,
+        True, HEAD_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq = _dq_blocks(
+        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, row, interior, diagonal, length, window, scale,
+        False, HEAD_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq = _dq_blocks(
+        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, row, diagonal, end, length, window, scale,
+        True, HEAD_D, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    _store_rows(dq_ptr + start, dq * root, first, heads * HEAD_D, length, HEAD_D, BLOCK_M, BLOCK_D)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile of queries and keys, warps, and how many tiles are under way at once."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+SHIPPED = {  # (kernel, block of D)
+    ("forward", 64): Launch(128, 128, 8, 3),
+    ("forward", 128): Launch(128, 64, 8, 3),
+    ("dkdv", 64): Launch(64, 128, 8, 3),
+    ("dkdv", 128): Launch(64, 128, 8, 2),
+    ("dq", 64): Launch(128, 64, 8, 3),
+    ("dq", 128): Launch(128, 64, 8, 2),
+}
+SMALL = Launch(32, 32, 4, 2)  # float32 and short sequences
+
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """As the reference, for D up to 256."""
+    if q.size(-1) > 256:
+        raise ValueError(f"attention=triton: head size {q.size(-1)}, at most 256; take attention=sdpa")
+    return torch.ops.nanochat.attention(q, k, v, window)[0]
+
+
+def _launch(kernel: str, q: Tensor) -> dict[str, int]:
+    block_d = max(16, triton.next_power_of_2(q.size(-1)))
+    small = q.element_size() > 2 or q.size(1) <= 64
+    choice = SMALL if small else SHIPPED.get((kernel, max(block_d, 64)), SMALL)
+    return {**asdict(choice), "HEAD_D": q.size(-1), "BLOCK_D": block_d}
+
+
+def _sizes(q: Tensor, k: Tensor, window: int) -> tuple[int, int, int, int]:
+    """(length, heads, query heads per key/value head, window within the sequence)"""
+    return q.size(1), q.size(2), q.size(2) // k.size(2), min(window, q.size(1))
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+@torch.library.custom_op("nanochat::attention", mutates_args=())
+def _attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """(out, lse): lse (B, H, T) float32 in units of log 2, for the backward pass."""
+    q, k, v = (_readable(x) for x in (q, k, v))
+    b, t, h, d = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty((b, h, t), dtype=torch.float32)
+    launch = _launch("forward", q)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    _attention_fwd_kernel[(triton.cdiv(t, launch["BLOCK_M"]), b * h)](
+        q, k, v, out, lse, *_sizes(q, k, window), LOG2_E * d**-0.5, *strides, **launch
+    )
+    return out, lse
+
+
+@_attention.register_fake
+def _(q, k, v, window):
+    b, t, h, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, h, t), dtype=torch.float32)
+
+
+@torch.library.custom_op("nanochat::attention_backward", mutates_args=())
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv), contiguous."""
+    q, k, v = (_readable(x) for x in (q, k, v))
+    dout = dout.contiguous()
+    b, t, h, d = q.shape
+    delta = torch.empty_like(lse)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    sizes = (*_sizes(q, k, window), LOG2_E * d**-0.5, d**-0.5)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    by_key, by_query = _launch("dkdv", q), _launch("dq", q)
+    block = {name: by_query[name] for name in ("BLOCK_M", "HEAD_D", "BLOCK_D")}
+    _attention_delta_kernel[(triton.cdiv(t, block["BLOCK_M"]), b * h)](out, dout, delta, t, h, **block)
+    given = (q, k, v, dout, lse, delta)
+    _attention_dkdv_kernel[(triton.cdiv(t, by_key["BLOCK_N"]), b * k.size(2))](
+        *given, dk, dv, *sizes, *strides, **by_key
+    )
+    _attention_dq_kernel[(triton.cdiv(t, by_query["BLOCK_M"]), b * h)](*given, dq, *sizes, *strides, **by_query)
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, window):
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, ctx.window = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, dout, _):
+    return *torch.ops.nanochat.attention_backward(dout, *ctx.saved_tensors, ctx.window), None
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def shipped() -> Iterator[Build]:
+    """The launches of training in bf16, for head sizes 64 and 128; a window only moves the bounds of loops."""
+    kernels = {"forward": _attention_fwd_kernel, "dkdv": _attention_dkdv_kernel, "dq": _attention_dq_kernel}
+    for (kind, d), launch in SHIPPED.items():
+        kernel = kernels[kind]
+        constants: dict[str, object] = {"HEAD_D": d, "BLOCK_M": launch.BLOCK_M, "BLOCK_N": launch.BLOCK_N, "BLOCK_D": d}
+        arguments = {name: _type(name) for name in kernel.arg_names if name not in constants}
+        name = f"attention {kind} {d}"
+        odd = ("heads", "group")
+        yield Build(name, kernel, arguments, constants, launch.num_warps, odd, launch.num_stages)
+
+
+def _type(name: str) -> str:
+    if name.endswith("_ptr"):
+        return "*fp32" if name in ("lse_ptr", "delta_ptr") else "*bf16"
+    return "fp32" if name in ("scale", "root") else "i32"
