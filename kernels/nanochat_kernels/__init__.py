@@ -16,6 +16,7 @@ _NAMES = (
     "rope_qk_norm",
     "attention",
     "cached_attention",
+    "paged_attention",
     "relu2_mlp",
     "linear_softcap_cross_entropy",
     "softcapped_logits",

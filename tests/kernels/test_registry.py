@@ -35,8 +35,9 @@ def with_double(monkeypatch):
 
 def test_every_op_of_the_pipeline_is_declared():
     assert list(OPS) == [
-        "rms_norm", "rope_qk_norm", "attention", "cached_attention", "relu2_mlp", "linear_softcap_cross_entropy",
-        "softcapped_logits", "orthogonalize", "muon_update", "adamw_update", "fp8_linear", "sample",
+        "rms_norm", "rope_qk_norm", "attention", "cached_attention", "paged_attention", "relu2_mlp",
+        "linear_softcap_cross_entropy", "softcapped_logits", "orthogonalize", "muon_update", "adamw_update",
+        "fp8_linear", "sample",
     ]  # fmt: skip
 
 
