@@ -1,12 +1,14 @@
 """runs/speedrun.sh and runs/miniseries.sh in miniature: a fresh clone, two processes, a local server for the hub.
 
-The speedrun is killed in the middle of each stage. The miniseries trains the same model without a break, so that equal
-bits per byte prove that nothing was lost or repeated.
+The server hands out real text where ../shared/data has it, generated text elsewhere. The speedrun is killed in the
+middle of each stage. The miniseries trains the same model without a break, so that equal bits per byte prove that
+nothing was lost or repeated; its second model is killed too.
 """
 
 import dataclasses
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -26,6 +28,7 @@ import pytest
 from nanochat.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
+REAL_TEXT = ROOT.parent / "shared/data/text"
 SCRIPTS = ("stages.sh", "speedrun.sh", "miniseries.sh")
 WORDS = "the a cat dog house tree runs sees red big small and of in on under happy bird sky sun water old new".split()
 TRAIN = (
@@ -66,18 +69,18 @@ class SlowHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[str]:
-    """The address of a server with two training shards and one for validation."""
-    import random
-
-    rng, folder = random.Random(0), tmp_path / "hub"
-    folder.mkdir()
-    for i in range(3):
-        texts = [" ".join(rng.choices(WORDS, k=rng.randint(20, 120))) + "." for _ in range(300)]
-        pq.write_table(pa.table({"text": texts}), folder / f"shard_{i:05d}.parquet", row_group_size=50)
+def hub(tmp_path: Path) -> Iterator[tuple[str, int]]:
+    """Address and number of shards of a server: real text where there is some, else three shards of random words."""
+    folder = REAL_TEXT
+    if not folder.is_dir():
+        rng, folder = random.Random(0), tmp_path / "hub"
+        folder.mkdir()
+        for i in range(3):
+            texts = [" ".join(rng.choices(WORDS, k=rng.randint(20, 120))) + "." for _ in range(300)]
+            pq.write_table(pa.table({"text": texts}), folder / f"shard_{i:05d}.parquet", row_group_size=50)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SlowHandler, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield f"http://127.0.0.1:{server.server_port}", len(list(folder.glob("shard_*.parquet")))
     server.shutdown()
     server.server_close()
 
@@ -85,7 +88,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 class Scripts:
     """Runs scripts of a fresh clone, to their end or until something happens."""
 
-    def __init__(self, tmp_path: Path, hub: str) -> None:
+    def __init__(self, tmp_path: Path, hub: tuple[str, int]) -> None:
         self.clone, self.base, self.log = tmp_path / "clone", tmp_path / "base", tmp_path / "log"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.clone)], check=True)
         bundle = tmp_path / "bundle"
@@ -101,8 +104,8 @@ class Scripts:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": f"{self.clone}:{self.clone / 'kernels'}",
             "NANOCHAT_BASE_DIR": str(self.base),
-            "NANOCHAT_DATA_URL": hub,
-            "NANOCHAT_DATA_SHARDS": "3",
+            "NANOCHAT_DATA_URL": hub[0],
+            "NANOCHAT_DATA_SHARDS": str(hub[1]),
             "OMP_NUM_THREADS": "1",
             "SETUP": "0",
             "FIRST_SHARDS": "1",
@@ -130,9 +133,9 @@ class Scripts:
         code = self.start(name, **env).wait(timeout=900)
         return code, self.log.read_text()
 
-    def kill_when(self, name: str, happened: Callable[[str], bool]) -> None:
+    def kill_when(self, name: str, happened: Callable[[str], bool], **env: str) -> None:
         """Starts a script and kills it, and all that it started, as soon as `happened(what it printed)`."""
-        script, deadline = self.start(name), time.monotonic() + 600
+        script, deadline = self.start(name, **env), time.monotonic() + 600
         while not happened(self.log.read_text()):
             assert script.poll() is None, f"ended before it could be killed:\n{self.log.read_text()}"
             assert time.monotonic() < deadline, self.log.read_text()
@@ -149,7 +152,7 @@ class Scripts:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_speedrun_killed_in_every_stage_and_miniseries(tmp_path: Path, hub: str, monkeypatch) -> None:
+def test_speedrun_killed_in_every_stage_and_miniseries(tmp_path: Path, hub: tuple[str, int], monkeypatch) -> None:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("needs git and a checkout to clone")
     scripts = Scripts(tmp_path, hub)
@@ -179,6 +182,10 @@ def test_speedrun_killed_in_every_stage_and_miniseries(tmp_path: Path, hub: str,
 
     code, said = scripts.run("miniseries.sh", SERIES="1:8 2:x")
     assert code == 1 and "2:x, which is not DEPTH:RATIO" in said, said
+    second = base / "base_checkpoints/series-d2-r8"
+    scripts.kill_when("miniseries.sh", lambda said: (second / "step_000004").exists(), SERIES="1:8 2:8")
+    assert not (second / "step_000008").exists()
+    assert [row["tag"] for row in json.loads((base / "miniseries/series.json").read_text())] == ["series-d1-r8"]
     code, said = scripts.run("miniseries.sh", SERIES="1:8 2:8")
     assert code == 0, said
     rows = json.loads((base / "miniseries/series.json").read_text())
