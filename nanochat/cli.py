@@ -23,19 +23,22 @@ from nanochat.errors import NanochatError
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `module` holds the class `config` and the `function` that takes it."""
+    """One command: `module` holds the class `config` and the `function` that takes it.
+
+    Without a config the function takes the arguments as they are: it hands them on to another program.
+    """
 
     name: str
     stage: str
     help: str
     module: str
-    config: str
+    config: str = ""
     function: str = "run"
 
-    def load(self) -> tuple[type, Callable[[Any], Any]]:
+    def load(self) -> tuple[type | None, Callable[[Any], Any]]:
         """The config class and the function, imported now."""
         module = importlib.import_module(self.module)
-        return getattr(module, self.config), getattr(module, self.function)
+        return getattr(module, self.config) if self.config else None, getattr(module, self.function)
 
 
 # In the order of the pipeline; the commands of one stage stand together.
@@ -68,6 +71,8 @@ COMMANDS: dict[str, Command] = {
                 "nanochat.exchange.commands", "ExportConfig", "run_export"),
         Command("verify", "Kernels", "check every backend of every kernel against its reference",
                 "nanochat_kernels.verify", "VerifyConfig", "main"),
+        Command("bench", "Kernels", "measure kernels, training, inference and more; compare and report",
+                "nanochat.measure.bench_command"),
         Command("doctor", "Machine", "what this machine offers, what is missing and how to get it",
                 "nanochat.doctor", "DoctorConfig"),
     )
@@ -109,14 +114,14 @@ def _is_kernel_unavailable(error: BaseException) -> bool:
 
 def run_command(command: Command, arguments: Sequence[str]) -> int:
     """Parses `arguments` (SystemExit 2 with a message when they are wrong), runs the command, returns the exit code."""
-    import tyro
-
     try:
         config_class, function = command.load()
-        # help and refusals are rank 0's affair, as all of them see the same arguments
-        config: Any = tyro.cli(
-            config_class, prog=f"nanochat {command.name}", args=list(arguments), console_outputs=_rank() == 0
-        )
+        config: Any = list(arguments)
+        if config_class is not None:
+            import tyro
+
+            # help and refusals are rank 0's affair, as all of them see the same arguments
+            config = tyro.cli(config_class, prog=f"nanochat {command.name}", args=config, console_outputs=_rank() == 0)
         code = function(config)  # a function may return what it made, for callers in Python
         return code if isinstance(code, int) else 0
     except NanochatError as error:

@@ -62,14 +62,18 @@ def nanochat(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_listed_command_loads_and_helps(name, capsys):
     config, function = cli.COMMANDS[name].load()
-    assert is_dataclass(config) and config.__dataclass_params__.frozen and callable(function)
-    with pytest.raises(SystemExit) as stop:
-        cli.main([name, "--help"])
-    assert stop.value.code in (0, None)
+    assert callable(function)
+    if config is None:  # hands its arguments on
+        assert cli.main([name, "--help"]) == 0
+    else:
+        assert is_dataclass(config) and config.__dataclass_params__.frozen
+        with pytest.raises(SystemExit) as stop:
+            cli.main([name, "--help"])
+        assert stop.value.code in (0, None)
     assert f"nanochat {name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", [name for name, command in cli.COMMANDS.items() if command.config])
 def test_every_flag_has_help(name):
     """A flag's help is the docstring under its field, or `help=` in its annotation."""
     config, _ = cli.COMMANDS[name].load()

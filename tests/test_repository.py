@@ -30,6 +30,7 @@ LAYERS = {
     "nanochat.exchange": 5,
     "nanochat.tok_commands": 6,
     "nanochat.doctor": 6,
+    "nanochat.measure": 6,
     "nanochat.report": 6,
     "nanochat.status": 6,
     "nanochat.cli": 7,
