@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanochat_kernels.compiled import Build
 
@@ -37,17 +38,9 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _load_rows(
-    ptr, start, token_stride, length, HEAD_D: tl.constexpr, EDGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """(BLOCK, BLOCK_D) of one head's tokens from `start` on. EDGE: some may lie beyond the sequence."""
-    token = start + tl.arange(0, BLOCK)[:, None]
-    d = tl.arange(0, BLOCK_D)[None, :]
-    if HEAD_D < BLOCK_D:
-        return tl.load(ptr + token * token_stride + d, mask=(token < length) & (d < HEAD_D), other=0.0)
-    if EDGE:
-        return tl.load(ptr + token * token_stride + d, mask=token < length, other=0.0)
-    return tl.load(ptr + token * token_stride + d)
+def _load_rows(rows, batch, start, head, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(BLOCK, BLOCK_D) of one head's tokens from `start` on; zeros beyond the sequence and beyond D."""
+    return rows.load([batch, head, start, 0]).reshape(BLOCK, BLOCK_D)
 
 
 @triton.jit
@@ -74,18 +67,20 @@ def _query_bounds(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
     """Of the keys first … first + BLOCK_N: where their queries begin, the interior begins, ends, and they end."""
     begin = first // BLOCK_M * BLOCK_M
     end = tl.minimum(first + BLOCK_N + window, length)
-    interior = tl.minimum((first + BLOCK_N - 1 + BLOCK_M - 1) // BLOCK_M * BLOCK_M, (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+    interior = tl.minimum(
+        (first + BLOCK_N - 1 + BLOCK_M - 1) // BLOCK_M * BLOCK_M, (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+    )
     faded = tl.minimum(first + window + 1, length) // BLOCK_M * BLOCK_M
     return begin, interior, tl.maximum(faded, interior), end
 
 
 @triton.jit
 def _forward_blocks(
-    acc, total, top, q, k_ptr, v_ptr, k_token, v_token, row, start, stop, length, window, scale,
-    MASKED: tl.constexpr, HEAD_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    acc, total, top, q, k_rows, v_rows, batch, kv_head, row, start, stop, window, scale,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     for n in tl.range(start, stop, BLOCK_N):
-        k = _load_rows(k_ptr, n, k_token, length, HEAD_D, MASKED, BLOCK_N, BLOCK_D)
+        k = _load_rows(k_rows, batch, n, kv_head, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             distance = row[:, None] - (n + tl.arange(0, BLOCK_N))[None, :]
@@ -94,7 +89,7 @@ def _forward_blocks(
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, axis=1)
-        v = _load_rows(v_ptr, n, v_token, length, HEAD_D, MASKED, BLOCK_N, BLOCK_D)
+        v = _load_rows(v_rows, batch, n, kv_head, BLOCK_N, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = higher
     return acc, total, top
@@ -102,35 +97,31 @@ def _forward_blocks(
 
 @triton.jit
 def _attention_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, length, heads, group, window, scale,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    q_rows, k_rows, v_rows, out_ptr, lse_ptr, length, heads, group, window, scale,
     HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """scale is log₂e/√D, lse in units of log 2. The last queries have the most keys and start first."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    batch = (tl.program_id(1) // heads).to(tl.int64)
+    batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
-    q_ptr += batch * q_batch + head * q_head
-    k_ptr += batch * k_batch + head // group * k_head
-    v_ptr += batch * v_batch + head // group * v_head
-    out_ptr += (batch * length * heads + head) * HEAD_D
+    out_ptr += (batch.to(tl.int64) * length * heads + head) * HEAD_D
     row = first + tl.arange(0, BLOCK_M)
-    q = _load_rows(q_ptr, first, q_token, length, HEAD_D, True, BLOCK_M, BLOCK_D)
+    q = _load_rows(q_rows, batch, first, head, BLOCK_M, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite: a row may see nothing of its first block
     begin, interior, diagonal, end = _key_bounds(first, length, window, BLOCK_M, BLOCK_N)
     acc, total, top = _forward_blocks(
-        acc, total, top, q, k_ptr, v_ptr, k_token, v_token, row, begin, interior, length, window, scale,
-        True, HEAD_D, BLOCK_N, BLOCK_D,
+        acc, total, top, q, k_rows, v_rows, batch, head // group, row, begin, interior, window, scale,
+        True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, total, top = _forward_blocks(
-        acc, total, top, q, k_ptr, v_ptr, k_token, v_token, row, interior, diagonal, length, window, scale,
-        False, HEAD_D, BLOCK_N, BLOCK_D,
+        acc, total, top, q, k_rows, v_rows, batch, head // group, row, interior, diagonal, window, scale,
+        False, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     acc, total, top = _forward_blocks(
-        acc, total, top, q, k_ptr, v_ptr, k_token, v_token, row, diagonal, end, length, window, scale,
-        True, HEAD_D, BLOCK_N, BLOCK_D,
+        acc, total, top, q, k_rows, v_rows, batch, head // group, row, diagonal, end, window, scale,
+        True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     _store_rows(out_ptr, acc / total[:, None], first, heads * HEAD_D, length, HEAD_D, BLOCK_M, BLOCK_D)
     tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * length + row, top + tl.log2(total), mask=row < length)
@@ -144,22 +135,24 @@ def _attention_delta_kernel(
     first = tl.program_id(0) * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     batch = (tl.program_id(1) // heads).to(tl.int64)
-    start = (batch * length * heads + tl.program_id(1) % heads) * HEAD_D
-    out = _load_rows(out_ptr + start, first, heads * HEAD_D, length, HEAD_D, True, BLOCK_M, BLOCK_D).to(tl.float32)
-    dout = _load_rows(dout_ptr + start, first, heads * HEAD_D, length, HEAD_D, True, BLOCK_M, BLOCK_D).to(tl.float32)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    offset = ((batch * length + row[:, None]) * heads + tl.program_id(1) % heads) * HEAD_D + d
+    inside = (row < length)[:, None] & (d < HEAD_D)
+    out = tl.load(out_ptr + offset, mask=inside, other=0.0).to(tl.float32)
+    dout = tl.load(dout_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     delta = tl.sum(out * dout, axis=1)
     tl.store(delta_ptr + tl.program_id(1).to(tl.int64) * length + row, delta, mask=row < length)
 
 
 @triton.jit
 def _dkdv_blocks(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_token, dout_token, column, start, stop, length, window, scale,
-    MASKED: tl.constexpr, HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    dk, dv, k, v, q_rows, dout_rows, lse_ptr, delta_ptr, batch, head, column, start, stop, length, window, scale,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Everything transposed, (keys, queries), so that the products with dO and Q need no transposition."""
     for m in tl.range(start, stop, BLOCK_M):
         row = m + tl.arange(0, BLOCK_M)
-        q = _load_rows(q_ptr, m, q_token, length, HEAD_D, MASKED, BLOCK_M, BLOCK_D)
+        q = _load_rows(q_rows, batch, m, head, BLOCK_M, BLOCK_D)
         if MASKED:
             lse = tl.load(lse_ptr + row, mask=row < length, other=0.0)
             delta = tl.load(delta_ptr + row, mask=row < length, other=0.0)
@@ -170,7 +163,7 @@ def _dkdv_blocks(
         if MASKED:
             distance = row[None, :] - column[:, None]
             p = tl.where((distance >= 0) & (distance <= window) & (row < length)[None, :], p, 0.0)
-        dout = _load_rows(dout_ptr, m, dout_token, length, HEAD_D, MASKED, BLOCK_M, BLOCK_D)
+        dout = _load_rows(dout_rows, batch, m, head, BLOCK_M, BLOCK_D)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -179,57 +172,49 @@ def _dkdv_blocks(
 
 @triton.jit
 def _attention_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, length, heads, group, window, scale, root,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    q_rows, k_rows, v_rows, dout_rows, lse_ptr, delta_ptr, dk_ptr, dv_ptr, length, heads, group, window, scale, root,
     HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys of one key/value head; root is D^-½. The first keys have the most queries and start first."""
     first = tl.program_id(0) * BLOCK_N
     kv_heads = heads // group
-    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    batch = tl.program_id(1) // kv_heads
     kv_head = tl.program_id(1) % kv_heads
     column = first + tl.arange(0, BLOCK_N)
-    k = _load_rows(
-        k_ptr + batch * k_batch + kv_head * k_head, first, k_token, length, HEAD_D, True, BLOCK_N, BLOCK_D
-    )
-    v = _load_rows(
-        v_ptr + batch * v_batch + kv_head * v_head, first, v_token, length, HEAD_D, True, BLOCK_N, BLOCK_D
-    )
+    k = _load_rows(k_rows, batch, first, kv_head, BLOCK_N, BLOCK_D)
+    v = _load_rows(v_rows, batch, first, kv_head, BLOCK_N, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     begin, interior, faded, end = _query_bounds(first, length, window, BLOCK_M, BLOCK_N)
-    dout_token = heads * HEAD_D
     for member in range(0, group):
         head = kv_head * group + member
-        q = q_ptr + batch * q_batch + head * q_head
-        dout = dout_ptr + (batch * length * heads + head) * HEAD_D
-        lse = lse_ptr + (batch * heads + head) * length
-        delta = delta_ptr + (batch * heads + head) * length
+        lse = lse_ptr + (batch * heads + head).to(tl.int64) * length
+        delta = delta_ptr + (batch * heads + head).to(tl.int64) * length
         dk, dv = _dkdv_blocks(
-            dk, dv, k, v, q, dout, lse, delta, q_token, dout_token, column, begin, interior, length, window, scale,
-            True, HEAD_D, BLOCK_M, BLOCK_D,
+            dk, dv, k, v, q_rows, dout_rows, lse, delta, batch, head, column, begin, interior, length, window, scale,
+            True, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         dk, dv = _dkdv_blocks(
-            dk, dv, k, v, q, dout, lse, delta, q_token, dout_token, column, interior, faded, length, window, scale,
-            False, HEAD_D, BLOCK_M, BLOCK_D,
+            dk, dv, k, v, q_rows, dout_rows, lse, delta, batch, head, column, interior, faded, length, window, scale,
+            False, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         dk, dv = _dkdv_blocks(
-            dk, dv, k, v, q, dout, lse, delta, q_token, dout_token, column, faded, end, length, window, scale,
-            True, HEAD_D, BLOCK_M, BLOCK_D,
+            dk, dv, k, v, q_rows, dout_rows, lse, delta, batch, head, column, faded, end, length, window, scale,
+            True, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    start = (batch * length * kv_heads + kv_head) * HEAD_D
+    start = (batch.to(tl.int64) * length * kv_heads + kv_head) * HEAD_D
     _store_rows(dk_ptr + start, dk * root, first, kv_heads * HEAD_D, length, HEAD_D, BLOCK_N, BLOCK_D)
     _store_rows(dv_ptr + start, dv, first, kv_heads * HEAD_D, length, HEAD_D, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
 def _dq_blocks(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, row, start, stop, length, window, scale,
-    MASKED: tl.constexpr, HEAD_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq, q, dout, lse, delta, k_rows, v_rows, batch, kv_head, row, start, stop, window, scale,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     for n in tl.range(start, stop, BLOCK_N):
-        k = _load_rows(k_ptr, n, k_token, length, HEAD_D, MASKED, BLOCK_N, BLOCK_D)
-        v = _load_rows(v_ptr, n, v_token, length, HEAD_D, MASKED, BLOCK_N, BLOCK_D)
+        k = _load_rows(k_rows, batch, n, kv_head, BLOCK_N, BLOCK_D)
+        v = _load_rows(v_rows, batch, n, kv_head, BLOCK_N, BLOCK_D)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
         if MASKED:
             distance = row[:, None] - (n + tl.arange(0, BLOCK_N))[None, :]
@@ -241,38 +226,33 @@ def _dq_blocks(
 
 @triton.jit
 def _attention_dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, length, heads, group, window, scale, root,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    q_rows, k_rows, v_rows, dout_rows, lse_ptr, delta_ptr, dq_ptr, length, heads, group, window, scale, root,
     HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    batch = (tl.program_id(1) // heads).to(tl.int64)
+    batch = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
-    k_ptr += batch * k_batch + head // group * k_head
-    v_ptr += batch * v_batch + head // group * v_head
-    start = (batch * length * heads + head) * HEAD_D
     row = first + tl.arange(0, BLOCK_M)
     statistics = tl.program_id(1).to(tl.int64) * length + row
-    q = _load_rows(
-        q_ptr + batch * q_batch + head * q_head, first, q_token, length, HEAD_D, True, BLOCK_M, BLOCK_D
-    )
-    dout = _load_rows(dout_ptr + start, first, heads * HEAD_D, length, HEAD_D, True, BLOCK_M, BLOCK_D)
+    q = _load_rows(q_rows, batch, first, head, BLOCK_M, BLOCK_D)
+    dout = _load_rows(dout_rows, batch, first, head, BLOCK_M, BLOCK_D)
     lse = tl.load(lse_ptr + statistics, mask=row < length, other=0.0)
     delta = tl.load(delta_ptr + statistics, mask=row < length, other=0.0)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     begin, interior, diagonal, end = _key_bounds(first, length, window, BLOCK_M, BLOCK_N)
     dq = _dq_blocks(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, row, begin, interior, length, window, scale,
-        True, HEAD_D, BLOCK_N, BLOCK_D,
+        dq, q, dout, lse, delta, k_rows, v_rows, batch, head // group, row, begin, interior, window, scale,
+        True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _dq_blocks(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, row, interior, diagonal, length, window, scale,
-        False, HEAD_D, BLOCK_N, BLOCK_D,
+        dq, q, dout, lse, delta, k_rows, v_rows, batch, head // group, row, interior, diagonal, window, scale,
+        False, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _dq_blocks(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, k_token, v_token, row, diagonal, end, length, window, scale,
-        True, HEAD_D, BLOCK_N, BLOCK_D,
+        dq, q, dout, lse, delta, k_rows, v_rows, batch, head // group, row, diagonal, end, window, scale,
+        True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
+    start = (batch.to(tl.int64) * length * heads + head) * HEAD_D
     _store_rows(dq_ptr + start, dq * root, first, heads * HEAD_D, length, HEAD_D, BLOCK_M, BLOCK_D)
 
 
@@ -317,7 +297,23 @@ def _sizes(q: Tensor, k: Tensor, window: int) -> tuple[int, int, int, int]:
 
 
 def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x where the copy engine can read it: 16-byte steps and a dense last dimension; else a contiguous copy."""
+    steps = [stride * x.element_size() for stride in x.stride()[:3]]
+    fits = x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(step and step % 16 == 0 for step in steps)
+    return x if fits else x.contiguous()
+
+
+def _rows(x: Tensor, block: int, block_d: int) -> TensorDescriptor:
+    """(B, T, H, D) as the kernels load it: `block` tokens of one head at a time."""
+    b, t, h, d = x.shape
+    strides = [x.stride(0), x.stride(2), x.stride(1), 1]
+    return TensorDescriptor(x, [b, h, t, d], strides, [1, 1, block, block_d])
+
+
+def _tiles(launch: dict[str, int], queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[TensorDescriptor]:
+    """Tensors by query and by key, to be read in the tiles of a launch."""
+    sides = ((queries, launch["BLOCK_M"]), (keys, launch["BLOCK_N"]))
+    return [_rows(x, block, launch["BLOCK_D"]) for tensors, block in sides for x in tensors]
 
 
 @torch.library.custom_op("nanochat::attention", mutates_args=())
@@ -327,9 +323,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Te
     b, t, h, d = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((b, h, t), dtype=torch.float32)
     launch = _launch("forward", q)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     _attention_fwd_kernel[(triton.cdiv(t, launch["BLOCK_M"]), b * h)](
-        q, k, v, out, lse, *_sizes(q, k, window), LOG2_E * d**-0.5, *strides, **launch
+        *_tiles(launch, (q,), (k, v)), out, lse, *_sizes(q, k, window), LOG2_E * d**-0.5, **launch
     )
     return out, lse
 
@@ -351,15 +346,15 @@ def _attention_backward(
     delta = torch.empty_like(lse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     sizes = (*_sizes(q, k, window), LOG2_E * d**-0.5, d**-0.5)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     by_key, by_query = _launch("dkdv", q), _launch("dq", q)
     block = {name: by_query[name] for name in ("BLOCK_M", "HEAD_D", "BLOCK_D")}
     _attention_delta_kernel[(triton.cdiv(t, block["BLOCK_M"]), b * h)](out, dout, delta, t, h, **block)
-    given = (q, k, v, dout, lse, delta)
-    _attention_dkdv_kernel[(triton.cdiv(t, by_key["BLOCK_N"]), b * k.size(2))](
-        *given, dk, dv, *sizes, *strides, **by_key
-    )
-    _attention_dq_kernel[(triton.cdiv(t, by_query["BLOCK_M"]), b * h)](*given, dq, *sizes, *strides, **by_query)
+    for kernel, launch, grid, results in (
+        (_attention_dkdv_kernel, by_key, (triton.cdiv(t, by_key["BLOCK_N"]), b * k.size(2)), (dk, dv)),
+        (_attention_dq_kernel, by_query, (triton.cdiv(t, by_query["BLOCK_M"]), b * h), (dq,)),
+    ):
+        q_rows, dout_rows, k_rows, v_rows = _tiles(launch, (q, dout), (k, v))
+        kernel[grid](q_rows, k_rows, v_rows, dout_rows, lse, delta, *results, *sizes, **launch)
     return dq, dk, dv
 
 
@@ -388,13 +383,15 @@ def shipped() -> Iterator[Build]:
     for (kind, d), launch in SHIPPED.items():
         kernel = kernels[kind]
         constants: dict[str, object] = {"HEAD_D": d, "BLOCK_M": launch.BLOCK_M, "BLOCK_N": launch.BLOCK_N, "BLOCK_D": d}
-        arguments = {name: _type(name) for name in kernel.arg_names if name not in constants}
+        arguments = {name: _type(name, launch, d) for name in kernel.arg_names if name not in constants}
         name = f"attention {kind} {d}"
         odd = ("heads", "group")
         yield Build(name, kernel, arguments, constants, launch.num_warps, odd, launch.num_stages)
 
 
-def _type(name: str) -> str:
+def _type(name: str, launch: Launch, d: int) -> str:
+    if name.endswith("_rows"):
+        return f"tensordesc<bf16[1, 1, {launch.BLOCK_N if name[0] in 'kv' else launch.BLOCK_M}, {d}]>"
     if name.endswith("_ptr"):
         return "*fp32" if name in ("lse_ptr", "delta_ptr") else "*bf16"
     return "fp32" if name in ("scale", "root") else "i32"
