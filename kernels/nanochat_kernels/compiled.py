@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-MODULES = ("rms_norm_triton", "rope_qk_norm_triton", "linear_softcap_cross_entropy_triton")
+MODULES = ("rms_norm_triton", "rope_qk_norm_triton", "linear_softcap_cross_entropy_triton", "relu2_mlp_triton")
 ALLOWANCES = Path(__file__).with_name("allowances.json")
 AT_MOST = ("registers", "spill_bytes", "shared_bytes")
 AT_LEAST = ("tensor_core", "widest_access")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanochat_kernels.numerics import normal
 from nanochat_kernels.registry import Case, Cost, Op
+from nanochat_kernels.triton_support import needs_triton
 
 
 def relu2_mlp_reference(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
@@ -63,8 +64,10 @@ def _cases() -> Iterator[Case]:
     yield Case("small", make((2, 8), 64, 256))
     yield Case("float32 weights", make((2, 8), 64, 256, torch.float32))
     yield Case("prime", make((3, 7), 37, 101), size="odd")
+    yield Case("several tiles", make((3, 50), 40, 200), size="odd")
     yield Case("one", make((1,), 1, 4), size="odd")
     yield Case("d12", make((8, 2048), 768, 3072), size="model")
+    yield Case("d24", make((8, 2048), 1536, 6144), size="model")
 
 
 def _cost(args: tuple, kwargs: dict) -> Cost:
@@ -78,6 +81,9 @@ relu2_mlp = Op(
     "relu2_mlp",
     torch=relu2_mlp_reference,
     lean=relu2_mlp_lean,
+    triton="nanochat_kernels.relu2_mlp_triton:relu2_mlp_triton",
+    available={"triton": needs_triton},
+    custom=("triton",),
     cases=_cases,
     cost=_cost,
     differentiable=("x", "w_fc", "w_proj"),
