@@ -63,15 +63,9 @@ def _key_bounds(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 
 @triton.jit
-def _query_bounds(first, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of the keys first … first + BLOCK_N: where their queries begin, the interior begins, ends, and they end."""
-    begin = first // BLOCK_M * BLOCK_M
-    end = tl.minimum(first + BLOCK_N + window, length)
-    interior = tl.minimum(
-        (first + BLOCK_N - 1 + BLOCK_M - 1) // BLOCK_M * BLOCK_M, (end + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    )
-    faded = tl.minimum(first + window + 1, length) // BLOCK_M * BLOCK_M
-    return begin, interior, tl.maximum(faded, interior), end
+def _visible(query, key, window):
+    """0 ≤ query − key ≤ window in one comparison: negative distances are huge without a sign."""
+    return (query - key).to(tl.uint32, bitcast=True) <= tl.cast(window, tl.uint32)
 
 
 @triton.jit
@@ -83,8 +77,7 @@ def _forward_blocks(
         k = _load_rows(k_rows, batch, n, kv_head, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            distance = row[:, None] - (n + tl.arange(0, BLOCK_N))[None, :]
-            s = tl.where((distance >= 0) & (distance <= window), s, -float("inf"))
+            s = tl.where(_visible(row[:, None], (n + tl.arange(0, BLOCK_N))[None, :], window), s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, axis=1) * scale)
         p = tl.exp2(s * scale - higher[:, None])
         shrink = tl.exp2(top - higher)
@@ -145,37 +138,16 @@ def _attention_delta_kernel(
 
 
 @triton.jit
-def _dkdv_blocks(
-    dk, dv, k, v, q_rows, dout_rows, lse_ptr, delta_ptr, batch, head, column, start, stop, length, window, scale,
-    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Everything transposed, (keys, queries), so that the products with dO and Q need no transposition."""
-    for m in tl.range(start, stop, BLOCK_M):
-        row = m + tl.arange(0, BLOCK_M)
-        q = _load_rows(q_rows, batch, m, head, BLOCK_M, BLOCK_D)
-        if MASKED:
-            lse = tl.load(lse_ptr + row, mask=row < length, other=0.0)
-            delta = tl.load(delta_ptr + row, mask=row < length, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + row)
-            delta = tl.load(delta_ptr + row)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
-        if MASKED:
-            distance = row[None, :] - column[:, None]
-            p = tl.where((distance >= 0) & (distance <= window) & (row < length)[None, :], p, 0.0)
-        dout = _load_rows(dout_rows, batch, m, head, BLOCK_M, BLOCK_D)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision="ieee") - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit
 def _attention_dkdv_kernel(
     q_rows, k_rows, v_rows, dout_rows, lse_ptr, delta_ptr, dk_ptr, dv_ptr, length, heads, group, window, scale, root,
     HEAD_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys of one key/value head; root is D^-½. The first keys have the most queries and start first."""
+    """One block of keys of one key/value head; root is D^-½. The first keys have the most queries and start first.
+
+    Scores are formed transposed, (keys, queries), so that P and dS are the left factors of the sums as they come. One
+    loop that always masks: three would spill. Queries beyond the sequence load as zeros and add nothing. Δ enters as
+    the start of dP's sum, which frees its registers.
+    """
     first = tl.program_id(0) * BLOCK_N
     kv_heads = heads // group
     batch = tl.program_id(1) // kv_heads
@@ -185,23 +157,22 @@ def _attention_dkdv_kernel(
     v = _load_rows(v_rows, batch, first, kv_head, BLOCK_N, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    begin, interior, faded, end = _query_bounds(first, length, window, BLOCK_M, BLOCK_N)
+    end = tl.minimum(first + BLOCK_N + window, length)
     for member in range(0, group):
         head = kv_head * group + member
-        lse = lse_ptr + (batch * heads + head).to(tl.int64) * length
-        delta = delta_ptr + (batch * heads + head).to(tl.int64) * length
-        dk, dv = _dkdv_blocks(
-            dk, dv, k, v, q_rows, dout_rows, lse, delta, batch, head, column, begin, interior, length, window, scale,
-            True, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _dkdv_blocks(
-            dk, dv, k, v, q_rows, dout_rows, lse, delta, batch, head, column, interior, faded, length, window, scale,
-            False, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _dkdv_blocks(
-            dk, dv, k, v, q_rows, dout_rows, lse, delta, batch, head, column, faded, end, length, window, scale,
-            True, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+        statistics = (batch * heads + head).to(tl.int64) * length
+        for m in tl.range(first // BLOCK_M * BLOCK_M, end, BLOCK_M):
+            row = m + tl.arange(0, BLOCK_M)
+            lse = tl.load(lse_ptr + statistics + row, mask=row < length, other=0.0)
+            delta = tl.load(delta_ptr + statistics + row, mask=row < length, other=0.0)
+            q = _load_rows(q_rows, batch, m, head, BLOCK_M, BLOCK_D)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
+            p = tl.where(_visible(row[None, :], column[:, None], window), p, 0.0)
+            dout = _load_rows(dout_rows, batch, m, head, BLOCK_M, BLOCK_D)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            less = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
+            ds = p * tl.dot(v, tl.trans(dout), less, input_precision="ieee")
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     start = (batch.to(tl.int64) * length * kv_heads + kv_head) * HEAD_D
     _store_rows(dk_ptr + start, dk * root, first, kv_heads * HEAD_D, length, HEAD_D, BLOCK_N, BLOCK_D)
     _store_rows(dv_ptr + start, dv, first, kv_heads * HEAD_D, length, HEAD_D, BLOCK_N, BLOCK_D)
@@ -217,8 +188,7 @@ def _dq_blocks(
         v = _load_rows(v_rows, batch, n, kv_head, BLOCK_N, BLOCK_D)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
         if MASKED:
-            distance = row[:, None] - (n + tl.arange(0, BLOCK_N))[None, :]
-            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
+            p = tl.where(_visible(row[:, None], (n + tl.arange(0, BLOCK_N))[None, :], window), p, 0.0)
         ds = p * (tl.dot(dout, tl.trans(v), input_precision="ieee") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     return dq
