@@ -5,7 +5,7 @@
 #
 #   NANOCHAT_BASE_DIR                where everything goes (default ~/.cache/nanochat)
 #   DEPTH                            layers of the model (default 3: 2 million parameters)
-#   STEPS, SFT_STEPS, RL_STEPS       length of the stages (default 700, 500 and 25; 2,048 tokens to a step of the first two)
+#   STEPS, SFT_STEPS, RL_STEPS       length of the stages (default 700 steps of 2,048 tokens, 1,000 of 1,024, and 25)
 #   SEED                             seed of the initial weights and of the practice (default 42)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,8 +27,8 @@ nanochat train --data builtin --depth "$depth" --head-dim 64 --seq-len 256 --bat
   --tag "$tag" --seed "$seed" --eval-every 350 --eval-tokens 32768 --sample-every 350 --save-every 100
 
 stage "fine-tuning: learning to answer"
-nanochat sft --data builtin --from-tag "$tag" --steps "${SFT_STEPS:-500}" --lr 2 --seed "$seed" \
-  --eval-every 250 --eval-tokens 32768 --sample-every 250 --save-every 100
+nanochat sft --data builtin --from-tag "$tag" --steps "${SFT_STEPS:-1000}" --batch-tokens 1024 --lr 2 --seed "$seed" \
+  --eval-every 500 --eval-tokens 32768 --sample-every 500 --save-every 200
 
 stage "reinforcement learning: practicing word problems"
 nanochat rl --data word-problems --from-tag "$tag" --steps "${RL_STEPS:-25}" --samples 8 --max-tokens 96 --lr 0.006 --seed "$seed" \
