@@ -4,6 +4,8 @@ Two shared objects come out, because they live by different rules. `_ops` holds 
 without a Python symbol, loaded with torch.ops.load_library, so that it does not depend on the Python version.
 `_bindings` (csrc/bindings.cpp) is a pybind11 module for what is not a tensor operation.
 
+After a change in csrc/: `python setup.py build_ext --inplace`, seconds, as only what changed is compiled again.
+
 NANOCHAT_BUILD = auto (default): CUDA when nvcc is found, otherwise CPU, otherwise nothing, and it says so;
                  cuda | cpu: exactly that, an error when it cannot be done;  none: pure Python.
 CUDA hangs on nvcc being found, not on a GPU being present, so that a build machine needs none.
@@ -19,7 +21,9 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 MODES = ("auto", "cuda", "cpu", "none")
-CXX_FLAGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Werror"]
+# Few files include torch's headers (20 s each); those with SIMD code say in themselves for which CPU they are compiled.
+CXX_FLAGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-g0"]
+BINDINGS = ("bindings.cpp", "simd.cpp")
 NVCC_FLAGS = ["-O3", "-std=c++20", "-Werror=all-warnings"]
 
 
@@ -49,12 +53,24 @@ def choose_mode() -> str:
     return "cuda" if nvcc else "cpu"
 
 
+def cudart_folder() -> list[str]:
+    """A folder where the linker finds libcudart.so: NVIDIA's wheels bring it under its versioned name alone."""
+    versioned = sorted((Path(os.environ["CUDA_HOME"]) / "lib").glob("libcudart.so.*"))
+    if not versioned:
+        return []
+    link = ROOT / "build" / "cudart" / "libcudart.so"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(versioned[0])
+    return [str(link.parent)]
+
+
 def build_arguments() -> dict:
     """What setup() needs to build csrc/: nothing where there are no sources or nothing is to be built."""
     mode = choose_mode()
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja lies beside python
     sources = sorted(path for path in CSRC.glob("*.cpp") if path.name != "bindings.cpp")
-    bindings = CSRC / "bindings.cpp"
-    if mode == "none" or not (sources or bindings.exists()):
+    if mode == "none" or not sources:
         return {}
     if mode == "cuda":
         os.environ.setdefault("CUDA_HOME", str(Path(find_compilers()[1] or "").parent.parent))
@@ -65,12 +81,23 @@ def build_arguments() -> dict:
     extension = CUDAExtension if mode == "cuda" else CppExtension
     # as system headers, torch's own may warn; -isystem wins over the -I that the builder adds
     system = [flag for path in include_paths() for flag in ("-isystem", path)]
-    flags = {"cxx": [*CXX_FLAGS, *system, f"-DNANOCHAT_CUDA={int(mode == 'cuda')}"], "nvcc": NVCC_FLAGS}
-    targets = {"nanochat_kernels._ops": sources, "nanochat_kernels._bindings": [bindings] if bindings.exists() else []}
+    archs = os.environ.get("TORCH_CUDA_ARCH_LIST", "") if mode == "cuda" else ""
+    facts = [f"-DNANOCHAT_CUDA={int(mode == 'cuda')}", f'-DNANOCHAT_ARCHS="{archs}"']
+    # what at::parallel_for is made of; torch brings the library
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []
+    flags = {"cxx": [*CXX_FLAGS, *openmp, *system, *facts], "nvcc": NVCC_FLAGS}
+    headers = [str(path.relative_to(ROOT)) for path in (*CSRC.glob("*.h"), *CSRC.glob("*.cuh"))]
+    targets = {"nanochat_kernels._ops": sources, "nanochat_kernels._bindings": [CSRC / name for name in BINDINGS]}
     modules = [
-        extension(name, [str(path.relative_to(ROOT)) for path in paths], extra_compile_args=flags)
+        extension(
+            name,
+            [str(path.relative_to(ROOT)) for path in paths],
+            extra_compile_args=flags,
+            extra_link_args=openmp,
+            library_dirs=cudart_folder() if mode == "cuda" else [],
+            depends=headers,
+        )
         for name, paths in targets.items()
-        if paths
     ]
     return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_kernels.native import on_cpu
 from nanochat_kernels.numerics import normal, wide
 from nanochat_kernels.registry import Case, Cost, Op
 
@@ -142,6 +143,9 @@ paged_attention = Op(
     "paged_attention",
     torch=paged_attention_reference,
     sdpa=paged_attention_sdpa,
+    native="nanochat_kernels.native:paged_attention",
+    available={"native": on_cpu},
+    custom=("native",),
     auto=(("sdpa", lambda place: True, "fused softmax over each sequence's keys"),),
     cases=_cases,
     cost=_cost,

@@ -1,0 +1,77 @@
+// AVX-512 (F alone is used): 16 lanes, 32 registers, so 6 rows × 2 vectors keep both multipliers busy.
+#include <utility>
+
+#include "cpu_kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,fma,f16c,prefer-vector-width=512")
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms inside GCC 12's own avx512fintrin.h
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+namespace nanochat {
+namespace {
+
+struct V {
+  using F = __m512;
+  using I = __m512i;
+  static constexpr int lanes = 16, rows = 6;
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F where_less(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+  }
+  static F scale2(F a, F n) { return _mm512_scalef_ps(a, n); }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static I words(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static F bits(I w) { return _mm512_castsi512_ps(w); }
+  static F to_float(I w) { return _mm512_cvtepi32_ps(w); }
+  static I mask(I w, uint32_t m) { return _mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(m))); }
+  template <int n>
+  static I shl(I w) {
+    return _mm512_slli_epi32(w, n);
+  }
+  template <int n>
+  static I shr(I w) {
+    return _mm512_srli_epi32(w, n);
+  }
+  template <int n>
+  static I sar(I w) {
+    return _mm512_srai_epi32(w, n);
+  }
+  static F halves(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F bf16s(const uint16_t* p) {
+    return bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+};
+
+#include "cpu_kernels_impl.h"
+
+}  // namespace
+
+extern const Kernels kAvx512;
+const Kernels kAvx512 = {"avx512", linear, norm, rope_norm, attend};
+
+}  // namespace nanochat
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,65 @@
+// NEON on 64-bit ARM: 4 lanes, 32 registers: 2 rows × 8 vectors.
+#include <utility>
+
+#include "cpu_kernels.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+
+namespace nanochat {
+namespace {
+
+struct V {
+  using F = float32x4_t;
+  using I = uint32x4_t;
+  static constexpr int lanes = 4, rows = 2;
+  static F zero() { return vdupq_n_f32(0.0f); }
+  static F set(float x) { return vdupq_n_f32(x); }
+  static F load(const float* p) { return vld1q_f32(p); }
+  static void store(float* p, F x) { vst1q_f32(p, x); }
+  static F add(F a, F b) { return vaddq_f32(a, b); }
+  static F sub(F a, F b) { return vsubq_f32(a, b); }
+  static F mul(F a, F b) { return vmulq_f32(a, b); }
+  static F div(F a, F b) { return vdivq_f32(a, b); }
+  static F max(F a, F b) { return vmaxq_f32(a, b); }
+  static F min(F a, F b) { return vminq_f32(a, b); }
+  static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+  static F round(F a) { return vrndnq_f32(a); }
+  static F where_less(F a, F b, F yes, F no) { return vbslq_f32(vcltq_f32(a, b), yes, no); }
+  static F scale2(F a, F n) {
+    const int32x4_t exponent = vshlq_n_s32(vcvtq_s32_f32(n), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a), exponent));
+  }
+  static float sum(F a) { return vaddvq_f32(a); }
+  static I words(const uint32_t* p) { return vld1q_u32(p); }
+  static F bits(I w) { return vreinterpretq_f32_u32(w); }
+  static F to_float(I w) { return vcvtq_f32_s32(vreinterpretq_s32_u32(w)); }
+  static I mask(I w, uint32_t m) { return vandq_u32(w, vdupq_n_u32(m)); }
+  template <int n>
+  static I shl(I w) {
+    return vshlq_n_u32(w, n);
+  }
+  template <int n>
+  static I shr(I w) {
+    if constexpr (n == 0)
+      return w;  // the instruction has no shift by nothing
+    else
+      return vshrq_n_u32(w, n);
+  }
+  template <int n>
+  static I sar(I w) {
+    return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(w), n));
+  }
+  static F halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static F bf16s(const uint16_t* p) { return bits(vshll_n_u16(vld1_u16(p), 16)); }
+};
+
+#include "cpu_kernels_impl.h"
+
+}  // namespace
+
+extern const Kernels kNeon;
+const Kernels kNeon = {"neon", linear, norm, rope_norm, attend};
+
+}  // namespace nanochat
+#endif

@@ -1,0 +1,76 @@
+// No intrinsics: vectors of 4 lanes by the compiler's vector extension. Runs everywhere; the tests' second opinion.
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "cpu_kernels.h"
+
+namespace nanochat {
+namespace {
+
+float from_half(uint16_t half) {
+  const float sign = half & 0x8000 ? -1.0f : 1.0f;
+  const int exponent = (half >> 10) & 31, fraction = half & 1023;
+  if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+  return sign * std::ldexp(static_cast<float>(exponent ? fraction | 1024 : fraction), (exponent ? exponent : 1) - 25);
+}
+
+struct V {
+  typedef float F __attribute__((vector_size(16)));
+  typedef uint32_t I __attribute__((vector_size(16)));
+  typedef int32_t S __attribute__((vector_size(16)));
+  static constexpr int lanes = 4, rows = 2;
+  static F zero() { return set(0.0f); }
+  static F set(float x) { return F{x, x, x, x}; }
+  static F load(const float* p) {
+    F x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+  }
+  static void store(float* p, F x) { std::memcpy(p, &x, sizeof x); }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F round(F a) {
+    for (int i = 0; i < lanes; ++i) a[i] = std::nearbyint(a[i]);
+    return a;
+  }
+  static F where_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
+  static F scale2(F a, F n) { return bits((I)a + ((I) __builtin_convertvector(n, S) << 23)); }
+  static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+  static I words(const uint32_t* p) {
+    I w;
+    std::memcpy(&w, p, sizeof w);
+    return w;
+  }
+  static F bits(I w) { return (F)w; }
+  static F to_float(I w) { return __builtin_convertvector((S)w, F); }
+  static I mask(I w, uint32_t m) { return w & m; }
+  template <int n>
+  static I shl(I w) {
+    return w << n;
+  }
+  template <int n>
+  static I shr(I w) {
+    return w >> n;
+  }
+  template <int n>
+  static I sar(I w) {
+    return (I)((S)w >> n);
+  }
+  static F halves(const uint16_t* p) { return F{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])}; }
+  static F bf16s(const uint16_t* p) { return bits(I{p[0], p[1], p[2], p[3]} << 16); }
+};
+
+#include "cpu_kernels_impl.h"
+
+}  // namespace
+
+extern const Kernels kPortable;
+const Kernels kPortable = {"portable", linear, norm, rope_norm, attend};
+
+}  // namespace nanochat
