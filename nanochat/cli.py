@@ -65,6 +65,8 @@ COMMANDS: dict[str, Command] = {
                 "nanochat.report.command", "ReportConfig"),
         Command("chat", "Use it", "talk to a model: in the terminal, through a pipe, or one question",
                 "nanochat.inference.chat", "ChatConfig"),
+        Command("serve", "Use it", "an OpenAI-compatible server and a web page, for many users at once",
+                "nanochat.serving.command", "ServeConfig"),
         Command("import", "Use it", "take over a checkpoint of karpathy/nanochat",
                 "nanochat.exchange.commands", "ImportConfig", "run_import"),
         Command("export", "Use it", "write a model or its tokenizer for other programs",

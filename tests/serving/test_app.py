@@ -1,0 +1,276 @@
+"""The API over real sockets with an engine that says what it is told."""
+
+import json
+
+import httpx
+import pytest
+
+from nanochat.serving.guard import GuardConfig
+from nanochat.serving.router import Limits
+from tests.serving.conftest import all_ready, live_server, wait_until
+from tests.serving.fake_engine import FakeBuild
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
+
+
+def sse(response: httpx.Response) -> list[dict]:
+    """The events of a stream, which has to end with [DONE]."""
+    data = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert data[-1] == "[DONE]"
+    return [json.loads(each) for each in data[:-1]]
+
+
+def error_of(response: httpx.Response) -> dict:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    return error
+
+
+def test_a_whole_chat_answer(live):
+    answer = live.client.post("/v1/chat/completions", json=HELLO).json()
+    assert answer["object"] == "chat.completion" and answer["model"] == "nanochat"
+    (choice,) = answer["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "w0 w1 w2 "} and choice["finish_reason"] == "length"
+    prompt = len("hello") + 4  # <|bos|> <|user_start|> … <|user_end|> <|assistant_start|>
+    assert answer["usage"] == {"prompt_tokens": prompt, "completion_tokens": 3, "total_tokens": prompt + 3}
+
+
+def test_a_streamed_chat_answer(live):
+    body = HELLO | {"stream": True, "n": 2, "stream_options": {"include_usage": True}}
+    with live.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = sse(response)
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    texts = {0: "", 1: ""}
+    for event in events[:-1]:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == {0: "w0 w1 w2 ", 1: "w0 w1 w2 "}
+    assert [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]] == ["length"] * 2
+    assert events[-1]["choices"] == [] and events[-1]["usage"]["completion_tokens"] == 6
+
+
+def test_completions_of_texts_and_ids(live):
+    body = {"prompt": ["ab", "c"], "n": 2, "max_tokens": 1, "echo": True}
+    answer = live.client.post("/v1/completions", json=body).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["abw0 ", "abw0 ", "cw0 ", "cw0 "]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"]["prompt_tokens"] == 3 + 2
+    answer = live.client.post("/v1/completions", json={"prompt": [256, 97], "max_tokens": 2}).json()
+    assert answer["choices"][0]["text"] == "w0 w1 " and answer["usage"]["prompt_tokens"] == 2
+
+
+def test_calls_of_the_calculator_stand_beside_the_text():
+    pieces = (("text", "It is "), ("python", "6*"), ("python", "7"), ("output", "42"), ("text", "42."))
+    with live_server(FakeBuild(pieces)) as live:
+        all_ready(live)
+        message = live.client.post("/v1/chat/completions", json=HELLO | {"max_tokens": 9}).json()["choices"][0][
+            "message"
+        ]
+        parts = [
+            {"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"},
+            {"type": "python_output", "text": "42"}, {"type": "text", "text": "42."},
+        ]  # fmt: skip
+        assert message == {"role": "assistant", "content": "It is 42.", "parts": parts}
+        with live.client.stream("POST", "/v1/chat/completions", json=HELLO | {"max_tokens": 9, "stream": True}) as got:
+            deltas = [event["choices"][0]["delta"] for event in sse(got)]
+        assert "".join(delta.get("content", "") for delta in deltas) == "It is 42."
+        streamed = [delta["part"] for delta in deltas if "part" in delta]
+        assert "".join(part["text"] for part in streamed if part["type"] == "python") == "6*7"
+        # what the server said may be sent back as it came
+        turns = [HELLO["messages"][0], message | {"refusal": None}, {"role": "user", "content": "why?"}]
+        ids = live.client.post("/tokenize", json={"messages": turns}).json()["tokens"]
+        tokenizer_text = "".join(chr(id) if id < 256 else "|" for id in ids)
+        assert tokenizer_text == "||hello||It is |6*7||42|42.||why?||"
+
+
+def test_facts(live):
+    assert live.client.get("/health").json() == {"status": "ok"}
+    assert live.client.get("/ready").json() == {"ready": True, "engines": 2, "of": 2, "draining": False}
+    (model,) = live.client.get("/v1/models").json()["data"]
+    assert model["id"] == "nanochat" and model["context"] == 512
+    assert live.client.get("/v1/models/nanochat").json() == model
+    assert live.client.get("/v1/models/other").status_code == 404
+    assert live.client.post("/tokenize", json={"prompt": "hi"}).json() == {
+        "tokens": [256, 104, 105], "count": 3, "context": 512,
+    }  # fmt: skip
+    page = live.client.get("/")
+    assert "script-src 'sha256-" in page.headers["content-security-policy"]
+    assert live.metric("nanochat_generated_tokens_total") > 0
+
+
+LONE = "\\ud800"
+REFUSED = [
+    (b"{", 400),
+    (b"\xff\xfe", 400),
+    (b"[" * 100_000, 400),
+    (b'"text"', 400),
+    (b"null", 400),
+    (b'{"messages": []}', 400),
+    (b'{"messages": "hello"}', 400),
+    (b'{"messages": [{"role": "user"}]}', 400),
+    (b'{"messages": [{"role": "user", "content": 7}]}', 400),
+    (b'{"messages": [{"role": "tool", "content": "x"}]}', 400),
+    (b'{"messages": [{"role": "assistant", "content": "x"}]}', 400),
+    (f'{{"messages": [{{"role": "user", "content": "{LONE}"}}]}}'.encode(), 400),
+    (f'{{"messages": [{{"role": "user", "content": "x"}}], "{LONE}": 1}}'.encode(), 400),
+    (f'{{"messages": [{{"role": "user", "content": "x"}}], "stop": ["{LONE}"]}}'.encode(), 400),
+] + [
+    (b'{"messages": [{"role": "user", "content": "x"}], ' + field + b"}", status)
+    for field, status in [
+        (b'"temperature": NaN', 400),
+        (b'"temperature": 1e999', 400),
+        (b'"temperature": -1', 400),
+        (b'"temperature": "1"', 400),
+        (b'"temperature": true', 400),
+        (b'"temperature": ' + b"9" * 400, 400),
+        (b'"seed": ' + b"9" * 5000, 400),
+        (b'"seed": 1e400', 400),
+        (b'"seed": 1.5', 400),
+        (b'"max_tokens": 0', 400),
+        (b'"max_tokens": 100000000000000000000', 400),
+        (b'"max_tokens": 600', 400),
+        (b'"n": 1000', 400),
+        (b'"top_k": 18446744073709551616', 400),
+        (b'"top_p": 0', 400),
+        (b'"stop": [""]', 400),
+        (b'"stop": ' + json.dumps(["x"] * 100).encode(), 400),
+        (b'"logit_bias": {}', 400),
+        (b'"top_logprobs": 3', 400),
+        (b'"logprobs": true, "top_logprobs": 21', 400),
+        (b'"stream_options": {"include_usage": true}', 400),
+        (b'"max_tokens": 3, "max_completion_tokens": 4', 400),
+        (b'"model": "gpt-5"', 404),
+    ]
+]
+
+
+@pytest.mark.parametrize("body, status", REFUSED, ids=[repr(body[-40:]) for body, _ in REFUSED])
+def test_bad_bodies_are_refused(live, body, status):
+    response = live.client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == status, response.text
+    error_of(response)
+
+
+@pytest.mark.parametrize("prompt", [[265], [-1], [2**40], [[1, 2], [300]], [1.5], ["a", 1], [], [[]], {"a": 1}, None])
+def test_bad_prompts_are_refused(live, prompt):
+    response = live.client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1})
+    assert response.status_code == 400, response.text
+    error_of(response)
+
+
+def test_messages_of_errors_help(live):
+    def complaint(**fields):
+        return error_of(live.client.post("/v1/chat/completions", json=HELLO | fields))
+
+    assert complaint(logit_bias={})["message"].startswith("unknown field 'logit_bias'")
+    assert complaint(logit_bias={})["param"] == "logit_bias"
+    assert complaint(temperature=-1)["message"].startswith("temperature: ")
+    long = [{"role": "user", "content": "x" * 600}]
+    assert complaint(messages=long)["code"] == "context_length_exceeded"
+    assert complaint(max_tokens=510)["code"] == "context_length_exceeded"
+    assert "take turns" in complaint(messages=HELLO["messages"] * 2)["message"]
+    assert error_of(live.client.get("/nowhere"))["type"] == "not_found_error"
+    assert live.client.get("/v1/chat/completions").status_code == 405
+    wrong_type = live.client.post(
+        "/v1/chat/completions", content=json.dumps(HELLO), headers={"content-type": "text/plain"}
+    )
+    assert wrong_type.status_code in (400, 415)
+
+
+def test_large_bodies_are_refused_while_they_are_read(live):
+    def pieces():  # no Content-Length: the limit has to be noticed on the way
+        for _ in range(160):
+            yield b" " * 65536
+
+    for content in (pieces(), b" " * 10_000_000):
+        response = live.client.post(
+            "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+        )
+        assert response.status_code == 413, response.text
+        assert "limit" in error_of(response)["message"]
+
+
+def test_a_key_is_asked_for_on_everything_but_health_and_the_page():
+    with live_server(guard=GuardConfig(api_key="s3cret"), cors_origins=("http://a.example",)) as live:
+        all_ready(live)
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic s3cret"},
+                        {"authorization": "Bearer \xff"}):  # fmt: skip
+            raw = {name: value.encode("latin-1") for name, value in headers.items()}
+            for method, path in (("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/v1/models"),
+                                 ("POST", "/tokenize"), ("GET", "/openapi.json"), ("GET", "/nothing")):  # fmt: skip
+                response = httpx.request(method, live.url + path, headers=raw)
+                assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"
+            for path in ("/health", "/ready", "/"):
+                assert httpx.get(live.url + path, headers=raw).status_code == 200
+        assert live.client.post("/v1/chat/completions", json=HELLO).status_code == 200
+        asks = {"origin": "http://a.example", "access-control-request-method": "POST"}
+        allowed = httpx.options(live.url + "/v1/models", headers=asks)
+        assert allowed.headers["access-control-allow-origin"] == "http://a.example"
+
+
+def test_other_origins_and_names_are_refused_by_default(live):
+    asks = {"origin": "http://a.example", "access-control-request-method": "POST"}
+    assert "access-control-allow-origin" not in httpx.options(live.url + "/v1/models", headers=asks).headers
+    assert live.client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert live.client.get("/v1/models", headers={"host": "localhost:1"}).status_code == 200
+
+
+def test_too_much_is_refused_with_a_time_to_wait():
+    with live_server(FakeBuild(pause=0.05), limits=Limits(max_batch=1, max_queue=1)) as live:
+        all_ready(live)
+        streams = [live.client.stream("POST", "/v1/chat/completions", json=HELLO | {"max_tokens": 400, "stream": True})]
+        with streams[0]:
+            response = live.client.post("/v1/chat/completions", json=HELLO | {"n": 2})
+            assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+            assert error_of(response)["code"] == "queue_full"
+    with live_server(FakeBuild(pause=0.05), limits=Limits(max_batch=4, max_queued_tokens=420)) as live:
+        all_ready(live)
+        with live.client.stream("POST", "/v1/chat/completions", json=HELLO | {"max_tokens": 400, "stream": True}):
+            assert live.client.post("/v1/chat/completions", json=HELLO | {"max_tokens": 20}).status_code == 429
+        wait_until(lambda: live.router.reserved == 0)
+        assert live.client.post("/v1/chat/completions", json=HELLO | {"max_tokens": 20}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_stops_its_answer(stream):
+    with live_server(FakeBuild(pause=0.02)) as live:
+        all_ready(live)
+        body = HELLO | {"max_tokens": 400, "stream": stream, "n": 2}
+        with (
+            pytest.raises(httpx.ReadTimeout)
+            if not stream
+            else live.client.stream("POST", "/v1/chat/completions", json=body) as response
+        ):
+            if not stream:
+                live.client.post("/v1/chat/completions", json=body, timeout=0.3)
+            else:
+                next(response.iter_lines())
+        wait_until(lambda: live.router.in_flight == 0, 2)
+        wait_until(lambda: live.router.engines[0].stats.get("cancelled") == 2, 2)
+        assert live.router.engines[0].stats["steps"] < 100  # not 400
+        assert live.metric("nanochat_cancelled_total") == 2
+
+
+def test_time_outs():
+    with live_server(FakeBuild(pause=0.05), request_timeout=0.4) as live:
+        all_ready(live)
+        slow = HELLO | {"max_tokens": 400}
+        response = live.client.post("/v1/chat/completions", json=slow)
+        assert response.status_code == 504 and error_of(response)["code"] == "timeout"
+        with live.client.stream("POST", "/v1/chat/completions", json=slow | {"stream": True}) as streamed:
+            last = [line for line in streamed.iter_lines() if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        wait_until(lambda: live.metric("nanochat_engine_running") == 0)
+
+
+def test_no_prompt_reaches_the_log(caplog):
+    secret = [{"role": "user", "content": "the tulips are blue"}]
+    for log_prompts in (False, True):
+        caplog.clear()
+        with live_server(log_prompts=log_prompts) as live, caplog.at_level("DEBUG"):
+            all_ready(live)
+            live.client.post("/v1/chat/completions", json=HELLO | {"messages": secret})
+            live.client.post("/v1/chat/completions", json=HELLO | {"messages": secret, "tulips are blue": 1})
+        assert "POST '/v1/chat/completions' 200" in caplog.text
+        assert ("tulips" in caplog.text) == log_prompts
