@@ -13,14 +13,17 @@ block more than the tables can name takes what padding writes. Memory is touched
 starts has what it will ever need.
 """
 
+import psutil
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.errors import UsageError
+from nanochat.errors import NanochatError, UsageError
 from nanochat.model.config import GPTConfig
 
 FULL, WINDOW = 0, 1
 BLOCK_SIZE = 16
+FREE_SHARE = {"cuda": 0.8, "cpu": 0.25}  # of the free memory that a cache takes by default at most
 
 
 class PagedCache:
@@ -97,3 +100,45 @@ def blocks_per_sequence(window: int, context: int, block_size: int, chunk: int) 
     """Blocks of each group that one sequence holds at most, when `chunk` tokens are computed at a time."""
     full = -(-context // block_size)
     return full, min(full, -(-(window + chunk) // block_size) + 1)
+
+
+def pool_sizes(
+    config: GPTConfig,
+    context: int,
+    block_size: int,
+    chunk: int,
+    sequences: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_bytes: int | None = None,
+    num_blocks: int | None = None,
+) -> tuple[int, int]:
+    """Blocks of the (full, windowed) group, in the proportion in which one sequence of `context` tokens takes them.
+
+    As many as fit in cache_bytes, or num_blocks of the full group; by default what `sequences` and one more full
+    contexts take, or a share of the free memory. Raises NanochatError when not even one sequence fits.
+    """
+    groups, window = layer_groups(config, context)
+    each = blocks_per_sequence(window, context, block_size, chunk)
+    costs = block_bytes(config, context, block_size, dtype)
+    one = each[FULL] * costs[FULL] + each[WINDOW] * costs[WINDOW]
+    if num_blocks is not None:
+        full = num_blocks
+    else:
+        room = cache_bytes
+        if room is None:
+            room = min(one * (sequences + 1), int(_free_memory(device) * FREE_SHARE.get(device.type, 0.25)))
+        full = each[FULL] * room // one
+        if full < each[FULL]:
+            raise NanochatError(
+                f"a cache of {room / 1e6:,.1f} MB is too small: one sequence of {context} tokens takes "
+                f"{one / 1e6:,.1f} MB; free memory, or set a smaller context"
+            )
+    return full, max(each[WINDOW], full * each[WINDOW] // each[FULL]) if WINDOW in groups else 0
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes; the host's are shared by the processes of a run."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return psutil.virtual_memory().available / (dist.get_world_size() if dist.is_initialized() else 1)

@@ -166,7 +166,7 @@ class Row:
                 self.expression.append(token)
             elif kind == "text":
                 text, met_stop = self.stop_strings.push(text)
-        if token in self.markers.stops or met_stop:
+        if met_stop or (token in self.markers.stops and not self.params.ignore_eos):
             self.finish = "stop"
         elif self.length >= self.context:
             self.finish = "context"

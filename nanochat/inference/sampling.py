@@ -19,6 +19,7 @@ from nanochat.errors import UsageError
 from nanochat_kernels import KernelPlan
 
 _MASK64 = (1 << 64) - 1
+MAX_LOGPROBS = 20  # of the likeliest tokens, per token
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class SamplingParams:
     """Two calls with the same seed, prompt and settings give the same answer."""
     tools: bool = True
     """Run the calculator when the model calls it."""
+    ignore_eos: bool = False
+    """Go on after a token that ends an answer; for measurements."""
+    logprobs: int | None = None
+    """Report log-probabilities: of the chosen token, and of so many of the likeliest; None = do not."""
 
     def __post_init__(self) -> None:
         def check(name: str, fits: bool, limit: str) -> None:
@@ -64,6 +69,7 @@ class SamplingParams:
         check("max_tokens", self.max_tokens >= 1, "at least 1")
         check("stop", all(self.stop), "texts of at least one character each")
         check("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
+        check("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")
 
     @property
     def penalizes(self) -> bool:
@@ -81,42 +87,49 @@ def row_seed(seed: int, sample: int) -> int:
 
 
 class Penalties:
-    """Which tokens each row has seen, (B,V) bool, and how often its answer used them, (B,V) float32."""
+    """Which tokens each of B slots has seen, (B,V) bool, and how often its answer used them, (B,V) float32."""
 
-    def __init__(
-        self, params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device
-    ) -> None:
-        columns = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params]
-        self.strengths = torch.tensor(columns, dtype=torch.float32, device=device)
-        self.counts = torch.zeros(len(params), vocab_size, device=device)
-        self.seen = torch.zeros(len(params), vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            self.seen[row, torch.tensor(list(prompt), dtype=torch.int64, device=device)] = True
+    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
+        self.strengths = torch.zeros(slots, 3, device=device)
+        self.counts = torch.zeros(slots, vocab_size, device=device)
+        self.seen = torch.zeros(slots, vocab_size, dtype=torch.bool, device=device)
 
-    def apply(self, logits: Tensor) -> Tensor:
-        """(B,V) float32 → the same with the penalties taken off."""
-        repetition, presence, frequency = self.strengths.T[:, :, None]
+    def begin(self, slot: int, params: SamplingParams, prompt: Sequence[int], answer: Sequence[int] = ()) -> None:
+        """A slot's new owner."""
+        strengths = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        self.strengths[slot] = torch.tensor(strengths, dtype=torch.float32)
+        said = torch.tensor(list(answer), dtype=torch.int64, device=self.counts.device)
+        self.counts[slot] = torch.bincount(said, minlength=self.counts.size(1)).to(self.counts.dtype)
+        self.seen[slot] = self.counts[slot] > 0
+        self.seen[slot, torch.tensor(list(prompt), dtype=torch.int64, device=self.counts.device)] = True
+
+    def apply(self, logits: Tensor, slots: Tensor | None = None) -> Tensor:
+        """(N,V) float32 → the same with the penalties of these slots (N,), or of all, taken off."""
+        strengths, counts, seen = (x if slots is None else x[slots] for x in (self.strengths, self.counts, self.seen))
+        repetition, presence, frequency = strengths.T[:, :, None]
         repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-        logits = torch.where(self.seen, repeated, logits)
-        return logits - presence * (self.counts > 0) - frequency * self.counts
+        logits = torch.where(seen, repeated, logits)
+        return logits - presence * (counts > 0) - frequency * counts
 
-    def record(self, ids: Tensor) -> None:
-        """Counts the token (B,) that each row has just taken."""
-        self.counts.scatter_add_(1, ids[:, None], torch.ones_like(ids[:, None], dtype=torch.float32))
-        self.seen.scatter_(1, ids[:, None], True)
+    def record(self, ids: Tensor, slots: Tensor | None = None) -> None:
+        """Counts tokens (N,) that these slots (N,), or all, have just taken."""
+        slots = torch.arange(ids.size(0), device=ids.device) if slots is None else slots
+        self.counts.index_put_((slots, ids), torch.ones((), device=ids.device), accumulate=True)
+        self.seen[slots, ids] = True
 
-    def select(self, rows: Tensor) -> None:
-        self.strengths, self.counts, self.seen = self.strengths[rows], self.counts[rows], self.seen[rows]
+    def select(self, slots: Tensor) -> None:
+        self.strengths, self.counts, self.seen = self.strengths[slots], self.counts[slots], self.seen[slots]
 
 
 class BatchSampler:
-    """The settings of B rows as tensors. Penalties cost (B,V) memory and exist only when some row asks for one."""
+    """The settings of B rows as tensors. With `prompts`, penalties are kept too if some row asks for one, in (B,V)
+    memory; without, they are the caller's affair."""
 
     def __init__(
         self,
         params: Sequence[SamplingParams],
         seeds: Sequence[int],
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | None,
         vocab_size: int,
         device: torch.device,
     ) -> None:
@@ -129,8 +142,10 @@ class BatchSampler:
         self.top_p = column([p.top_p for p in params], torch.float32)
         self.min_p = column([p.min_p for p in params], torch.float32)
         self.penalties = None
-        if any(p.penalizes for p in params):
-            self.penalties = Penalties(params, prompts, vocab_size, device)
+        if prompts is not None and any(p.penalizes for p in params):
+            self.penalties = Penalties(len(params), vocab_size, device)
+            for row, (settings, prompt) in enumerate(zip(params, prompts, strict=True)):
+                self.penalties.begin(row, settings, prompt)
 
     def draw(self, plan: KernelPlan, logits: Tensor, positions: Tensor) -> Tensor:
         """(B,V) float32 logits and the positions (B,) int64 of the tokens to be drawn → ids (B,) int64."""
