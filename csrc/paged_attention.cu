@@ -7,7 +7,7 @@
 // the table, or the chunk in which it came.
 //
 // In a block, eight lanes share a key: 16 bytes a lane and piece, so 4 keys a warp and 16 a block at a time, each with
-// two keys and two values on their way. Each group of eight lanes keeps its own maximum m, sum l and accumulator
+// up to two keys and two values on their way. Each group of eight lanes keeps its own maximum m, sum l and accumulator
 // (softmax in one pass: an arriving score s rescales what is there by 2^(m − max(m, s))); they merge at the end, first
 // within the warp, then in shared memory. Scores are taken to base 2, the 1/ln 2 folded into the query.
 //
@@ -28,10 +28,7 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kLanes = 8;                   // of one key
 constexpr int kGroups = kThreads / kLanes;  // keys at a time
-constexpr int kUnroll = 2;                  // and how many such rows of keys are loaded before the first is used
-constexpr int kStride = kGroups * kUnroll;
 constexpr int kSpan = 128;                  // positions of one split
-static_assert(kSpan % kStride == 0);        // which group of lanes reads a key follows from its position
 constexpr float kLog2E = 1.4426950408889634f;
 
 // A piece of a tile: the rows that belong to one sequence, and the keys that any of them sees.
@@ -74,6 +71,9 @@ DEVICE float rescaling(float m, float larger) { return m == -INFINITY ? 0.0f : e
 template <typename T, typename CacheT, int ROWS, int PIECES, int WIDTH>
 struct Block {
   static constexpr int kHeld = PIECES * WIDTH;
+  static constexpr int kUnroll = ROWS == 1 ? 2 : 1;  // keys of a group loaded before the first is used: registers
+  static constexpr int kStride = kGroups * kUnroll;
+  static_assert(kSpan % kStride == 0);  // which group of lanes reads a key follows from its position
   const PagedAttention& p;
   float q[ROWS][kHeld];
   int lane, group;
@@ -241,7 +241,7 @@ KERNEL(kThreads) paged_attention_kernel(PagedAttention p) {
   for (int token = tile_start; token < tile_end;) {
     const Segment g = segment_at(p, token, tile_end);
     const int span = g.oldest / kSpan + split;
-    const int begin = g.oldest > span * kSpan ? g.oldest / kStride * kStride : span * kSpan;
+    const int begin = g.oldest > span * kSpan ? g.oldest / Work::kStride * Work::kStride : span * kSpan;
     const int end = g.newest < span * kSpan + kSpan - 1 ? g.newest : span * kSpan + kSpan - 1;
     if (begin <= end || p.splits == 1) {  // the same for the whole block
       State<ROWS, Work::kHeld> state;

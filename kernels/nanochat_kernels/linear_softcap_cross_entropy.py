@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_kernels.native_cuda import needs_cuda_ops
 from nanochat_kernels.numerics import normal, wide
 from nanochat_kernels.registry import Case, Cost, Op
 from nanochat_kernels.triton_support import needs_triton
@@ -94,8 +95,9 @@ linear_softcap_cross_entropy = Op(
     torch=linear_softcap_cross_entropy_reference,
     chunked="nanochat_kernels.linear_softcap_cross_entropy_chunked:linear_softcap_cross_entropy_chunked",
     triton="nanochat_kernels.linear_softcap_cross_entropy_triton:linear_softcap_cross_entropy_triton",
-    available={"triton": needs_triton},
-    custom=("triton", "chunked"),
+    cuda="nanochat_kernels.native_cuda:linear_softcap_cross_entropy",
+    available={"triton": needs_triton, "cuda": needs_cuda_ops},
+    custom=("triton", "cuda", "chunked"),
     auto=(
         ("chunked", lambda place: place.device.type == "cpu", "logits stay in the cache, gradients in the same pass"),
     ),

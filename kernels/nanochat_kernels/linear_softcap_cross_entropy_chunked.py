@@ -19,6 +19,7 @@ synchronization on a GPU).
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -41,9 +42,9 @@ def linear_softcap_cross_entropy_chunked(
     vocab_size: int | None = None,
     softcap: float = 15.0,
     reduction: str = "mean",
-    fused: bool = False,
+    fused: str = "",
 ) -> Tensor:
-    """As the reference. fused: the elementwise work in Triton (linear_softcap_cross_entropy_triton.py).
+    """As the reference. fused: who does the elementwise work, "" (torch), "triton" or "cuda" (csrc/).
 
     Gradients for x, weight and, where they ask for it, token_weights; second derivatives not."""
     if reduction not in REDUCTIONS:
@@ -67,7 +68,7 @@ def _head_loss(
     token_weights: Tensor | None,
     vocab_size: int | None,
     softcap: float,
-    fused: bool,
+    fused: str,
     mean: bool,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,7 +109,7 @@ _head_loss.register_autograd(_loss_backward, setup_context=_save_loss)
 
 @torch.library.custom_op("nanochat::head_nll", mutates_args=())
 def _head_nll(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, softcap: float, fused: bool
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, softcap: float, fused: str
 ) -> Tensor:
     return _walk(x, weight, targets, None, vocab_size, softcap, fused, gradients=False)[0]
 
@@ -120,7 +121,7 @@ def _(x, weight, targets, vocab_size, softcap, fused):
 
 @torch.library.custom_op("nanochat::head_nll_backward", mutates_args=())
 def _head_nll_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, softcap: float, fused: bool
+    grad: Tensor, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int | None, softcap: float, fused: str
 ) -> tuple[Tensor, Tensor]:
     _, dx, dw = _walk(x, weight, targets, grad, vocab_size, softcap, fused, gradients=True)
     return dx.to(x.dtype), dw.to(weight.dtype)
@@ -152,7 +153,7 @@ def _walk(
     row_scale: Tensor | None,
     vocab_size: int | None,
     softcap: float,
-    fused: bool,
+    fused: str,
     gradients: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """nll (N,) and the gradients of Σ row_scale·nll: dx (N, C) and dW (V, C), float32, empty when not wanted."""
@@ -171,7 +172,7 @@ def _walk(
     used_dx = x.new_empty(used_x.shape if gradients else (0,), dtype=torch.float32)
     dw = x.new_zeros(weight.shape if gradients else (0,), dtype=torch.float32)
     height = max(1, (PANEL if x.device.type == "cpu" else GPU_PANEL) // w.size(0))
-    elementwise = _fused_step() if fused and softcap <= SAFE_SOFTCAP else _softmax_and_gradient
+    elementwise = _fused_step(fused) if fused and softcap <= SAFE_SOFTCAP else _softmax_and_gradient
     for start in range(0, rows.numel(), height):
         part = slice(start, start + height)
         panel = used_x.new_empty((used_targets[part].numel(), w.size(0)))
@@ -191,10 +192,9 @@ def _walk(
     return nll, x.new_zeros(x.shape, dtype=torch.float32).index_copy_(0, rows, used_dx), dw
 
 
-def _fused_step() -> Callable[[Tensor, Tensor, Tensor, float, bool], None]:
-    from nanochat_kernels.linear_softcap_cross_entropy_triton import softmax_and_gradient
-
-    return softmax_and_gradient
+def _fused_step(kind: str) -> Callable[[Tensor, Tensor, Tensor, float, bool], None]:
+    module = {"triton": "linear_softcap_cross_entropy_triton", "cuda": "native_cuda"}[kind]
+    return importlib.import_module(f"nanochat_kernels.{module}").softmax_and_gradient
 
 
 def _softmax_and_gradient(panel: Tensor, targets: Tensor, nll: Tensor, softcap: float, gradients: bool) -> None:

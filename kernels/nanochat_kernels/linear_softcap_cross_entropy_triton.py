@@ -67,7 +67,7 @@ def linear_softcap_cross_entropy_triton(
 ) -> Tensor:
     """As the reference."""
     return linear_softcap_cross_entropy_chunked(
-        x, weight, targets, token_weights, vocab_size, softcap, reduction, fused=True
+        x, weight, targets, token_weights, vocab_size, softcap, reduction, fused="triton"
     )
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_kernels.native import on_cpu
+from nanochat_kernels.native_cuda import needs_cuda_ops
 from nanochat_kernels.numerics import normal, wide
 from nanochat_kernels.registry import Case, Cost, Op
 
@@ -144,8 +145,9 @@ paged_attention = Op(
     torch=paged_attention_reference,
     sdpa=paged_attention_sdpa,
     native="nanochat_kernels.native:paged_attention",
-    available={"native": on_cpu},
-    custom=("native",),
+    cuda="nanochat_kernels.native_cuda:paged_attention",
+    available={"native": on_cpu, "cuda": needs_cuda_ops},
+    custom=("native", "cuda"),
     auto=(("sdpa", lambda place: True, "fused softmax over each sequence's keys"),),
     cases=_cases,
     cost=_cost,

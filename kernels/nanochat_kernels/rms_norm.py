@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_kernels.native_cuda import needs_cuda_ops
 from nanochat_kernels.numerics import EPS, normal
 from nanochat_kernels.registry import Case, Cost, Op
 from nanochat_kernels.triton_support import needs_triton
@@ -77,7 +78,8 @@ rms_norm = Op(
     "rms_norm",
     torch=rms_norm_reference,
     triton="nanochat_kernels.rms_norm_triton:rms_norm_triton",
-    available={"triton": needs_triton},
+    cuda="nanochat_kernels.native_cuda:rms_norm",
+    available={"triton": needs_triton, "cuda": needs_cuda_ops},
     custom=("triton",),
     cases=_cases,
     cost=_cost,

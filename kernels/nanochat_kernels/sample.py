@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nanochat_kernels.native_cuda import needs_cuda_ops
 from nanochat_kernels.numerics import normal
 from nanochat_kernels.registry import Case, Cost, Op, Place
 
@@ -178,7 +179,9 @@ sample = Op(
     "sample",
     torch=sample_reference,
     selective=sample_selective,
-    available={"selective": _on_a_cpu},
+    cuda="nanochat_kernels.native_cuda:sample",
+    available={"selective": _on_a_cpu, "cuda": needs_cuda_ops},
+    custom=("cuda",),
     auto=(("selective", lambda place: place.device.type == "cpu", "no sort, noise only for tokens that can win"),),
     cases=_cases,
     cost=_cost,
