@@ -7,14 +7,16 @@ Query head h reads key/value head ⌊h / (H/G)⌋. A window that covers all of T
 The reference forms the T×T scores of every head: it is the oracle, not something to train with. `sdpa` computes a
 windowed layer in bands: queries in blocks, each against its own block and the few before it that the window reaches,
 so work and memory grow with T·window instead of T². The copies of keys and values that this needs are small beside
-the scores.
+the scores. `triton` needs no copies: its loops begin where the window does; see attention_triton.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -96,13 +98,24 @@ def _block_mask(length: int, window: int, device: str):
 
 
 def attention_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """FlashAttention 2 or 3, where installed: takes our layout, our window and grouped heads as they are."""
-    try:
-        from flash_attn_interface import flash_attn_func  # type: ignore[import-not-found]
-    except ImportError:
-        from flash_attn import flash_attn_func
-    out = flash_attn_func(q, k, v, causal=True, window_size=(min(window, q.size(1)), 0))
+    """FlashAttention 2, 3 or 4, where installed: takes our layout, our window and grouped heads as they are."""
+    out = _flash_function()(q, k, v, causal=True, window_size=(min(window, q.size(1)), 0))
     return out[0] if isinstance(out, tuple) else out
+
+
+FLASH = ("flash_attn_interface", "flash_attn.cute", "flash_attn")  # versions 3 (for Hopper), 4 and 2, by preference
+
+
+@lru_cache(maxsize=1)
+def _flash_function() -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    """flash_attn_func of the first version that imports. Raises ImportError with what each of them said."""
+    failures = []
+    for name in FLASH:
+        try:
+            return importlib.import_module(name).flash_attn_func
+        except (ImportError, AttributeError) as error:
+            failures.append(f"{name}: {error}")
+    raise ImportError("; ".join(failures))
 
 
 def _needs_cuda(place: Place) -> str | None:
@@ -110,12 +123,10 @@ def _needs_cuda(place: Place) -> str | None:
 
 
 def _flash_probe(place: Place) -> str | None:
-    from importlib.util import find_spec
-
     if place.dtype not in (torch.bfloat16, torch.float16):
         return "takes bf16 and float16 only"
     if not (find_spec("flash_attn_interface") or find_spec("flash_attn")):
-        return "neither flash_attn_interface nor flash_attn is installed"
+        return "none of FlashAttention 2, 3 and 4 is installed"
     return _needs_cuda(place)
 
 

@@ -160,16 +160,18 @@ def _attention_dkdv_kernel(
     end = tl.minimum(first + BLOCK_N + window, length)
     for member in range(0, group):
         head = kv_head * group + member
-        statistics = (batch * heads + head).to(tl.int64) * length
+        row_lse = lse_ptr + (batch * heads + head).to(tl.int64) * length
+        row_delta = delta_ptr + (batch * heads + head).to(tl.int64) * length
         for m in tl.range(first // BLOCK_M * BLOCK_M, end, BLOCK_M):
             row = m + tl.arange(0, BLOCK_M)
-            lse = tl.load(lse_ptr + statistics + row, mask=row < length, other=0.0)
-            delta = tl.load(delta_ptr + statistics + row, mask=row < length, other=0.0)
+            lse = tl.load(row_lse + row, mask=row < length, other=0.0)
             q = _load_rows(q_rows, batch, m, head, BLOCK_M, BLOCK_D)
             p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - lse[None, :])
-            p = tl.where(_visible(row[None, :], column[:, None], window), p, 0.0)
+            distance = row[None, :] - column[:, None]
+            p = tl.where((distance >= 0) & (distance <= window), p, 0.0)
             dout = _load_rows(dout_rows, batch, m, head, BLOCK_M, BLOCK_D)
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            delta = tl.load(row_delta + row, mask=row < length, other=0.0)
             less = tl.broadcast_to(-delta[None, :], (BLOCK_N, BLOCK_M))
             ds = p * tl.dot(v, tl.trans(dout), less, input_precision="ieee")
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
