@@ -43,8 +43,8 @@ def paged_attention_reference(
             p = position + i - first
             if p < 0:
                 continue
-            seen = torch.arange(max(0, p - window), p + 1, device=q.device)
-            k, v = (_gather(cache, blocks, seen).repeat_interleave(group, 1) for cache in (k_cache, v_cache))
+            oldest = max(0, p - window)
+            k, v = (_gather(cache, blocks, oldest, p + 1).repeat_interleave(group, 1) for cache in (k_cache, v_cache))
             scores = wide(torch.einsum("hd,khd->hk", q[i], k)) / math.sqrt(d)
             out[i] = torch.einsum("hk,khd->hd", scores.softmax(-1).to(q.dtype), v)
     return out
@@ -63,12 +63,13 @@ def paged_attention_sdpa(
         begin = max(position, 0)  # what comes before is padding
         while begin < position + last - first:
             end = min(begin // SPAN * SPAN + SPAN, position + last - first)
-            seen = torch.arange(max(0, begin - window), end, device=q.device)
-            k, v = (_gather(cache, blocks, seen).transpose(0, 1)[None] for cache in (k_cache, v_cache))
+            oldest = max(0, begin - window)
+            k, v = (_gather(cache, blocks, oldest, end).transpose(0, 1)[None] for cache in (k_cache, v_cache))
             rows = slice(first + begin - position, first + end - position)
             mask = None
             if end - begin > 1:
-                distance = torch.arange(begin, end, device=q.device)[:, None] - seen
+                at = torch.arange(oldest, end, device=q.device)
+                distance = at[begin - oldest :, None] - at
                 mask = (distance >= 0) & (distance <= window)
             attended = F.scaled_dot_product_attention(
                 q[rows].transpose(0, 1)[None], k, v, attn_mask=mask, enable_gqa=grouped
@@ -86,10 +87,12 @@ def _sequences(table: Tensor, starts: Tensor, lengths: Tensor) -> Iterator[tuple
         yield first, last, length - (last - first), table[s]
 
 
-def _gather(cache: Tensor, blocks: Tensor, positions: Tensor) -> Tensor:
-    """(positions, G, D) of one sequence, whose blocks are given."""
+def _gather(cache: Tensor, blocks: Tensor, begin: int, end: int) -> Tensor:
+    """(end − begin, G, D): positions begin … end − 1 of one sequence, whose blocks are given."""
     size = cache.size(1)
-    return cache.flatten(0, 1).index_select(0, blocks[positions // size] * size + positions % size)
+    first = begin // size
+    found = cache.index_select(0, blocks[first : -(-end // size)])
+    return found.flatten(0, 1)[begin - first * size : end - first * size]
 
 
 def _cases() -> Iterator[Case]:

@@ -204,9 +204,9 @@ class BatchEngine:
             logits = self.runner(batch, self.cache)
             drawing = [work for work in works if work.finishes]
             ids, logprobs = self._draw(drawing, logits)
+            return self._hand_out(works, ids, logprobs)
         except Exception as error:  # whatever went wrong in a step must not end the service
             return self._fail(error)
-        return self._hand_out(works, ids, logprobs)
 
     def stats(self) -> EngineStats:
         pools = self.blocks.pools
