@@ -127,7 +127,8 @@ class _Step:
         shape = (self.rows, self.seq_len, self.config.width)
 
         def make(device: torch.device, dtype: torch.dtype, draw: torch.Generator) -> tuple[tuple, dict]:
-            kwargs = {name: normal(shape, device, dtype, draw) for name in ("delta", "other") if name in extras}
+            kwargs: dict[str, Any] = {}
+            kwargs |= {name: normal(shape, device, dtype, draw) for name in ("delta", "other") if name in extras}
             kwargs |= {name: torch.tensor(0.9, device=device) for name in ("scale", "other_scale") if name in extras}
             return (normal(shape, device, dtype, draw),), kwargs
 
