@@ -1,7 +1,8 @@
 """`nanochat chat-eval`: a chat model's accuracy on tasks, and ChatCORE, the mean of the centered accuracies.
 
 Choices are read off the logits of their letters right after the question: one forward pass, many questions at once.
-Generated answers are sampled for many problems together and graded; with n samples a problem, of which c are right,
+Generated answers come from the serving engine, which starts a problem whenever another's answer is complete, and are
+graded meanwhile; with n samples a problem, of which c are right,
 
     pass@k = 1 − C(n−c, k)/C(n, k)     (arXiv 2107.03374, unbiased)     accuracy = pass@1 = c/n, averaged
 
@@ -9,7 +10,7 @@ Problem i goes to rank i mod W; its seed depends on i alone, so the result depen
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from math import comb
 from typing import Any
@@ -25,8 +26,10 @@ from nanochat.chat_format import render_prompt
 from nanochat.errors import NanochatError, UsageError
 from nanochat.evaluation import core, results
 from nanochat.evaluation.tasks import Task, make_task, question_of
+from nanochat.inference.batch_engine import BatchEngine
 from nanochat.inference.engine import Engine
 from nanochat.inference.loading import StageName, load
+from nanochat.inference.runner import WeightsName
 from nanochat.inference.sampling import SamplingParams, row_seed
 from nanochat.model import checkpoint
 from nanochat.model.gpt import GPT
@@ -64,6 +67,8 @@ class ChatEvalConfig:
     """Answers generated together."""
     batch_tokens: int = 16384
     """Tokens of lettered questions read together."""
+    weights: WeightsName = "auto"
+    """How weights are held when answers are generated: auto (as the model computes), fp32, bf16, int8, int4."""
     seed: int = 42
     """The same seed gives the same answers."""
     device: DeviceName = "auto"
@@ -164,26 +169,29 @@ def generate_answers(
     params: SamplingParams,
     samples: int,
     batch_rows: int,
+    weights: WeightsName,
     report: Report,
 ) -> tuple[list[int], int]:
     """How many of each problem's sampled answers are right, and how many problems did not fit in the context."""
     asked = {index: render_prompt(engine.tokenizer, question_of(task[index])) for index in indices}
-    fitting = sorted((i for i in indices if len(asked[i]) < engine.context), key=lambda i: (len(asked[i]), i))
-    correct = dict.fromkeys(indices, 0)
-    together = max(1, batch_rows // samples)
+    fitting = [index for index in indices if len(asked[index]) < engine.context]
+    if not fitting:
+        return [0] * len(indices), len(indices)
+    prompts = [asked[index] for index in fitting]
+    each = [replace(params, seed=row_seed(params.seed, 1 + index)) for index in fitting]
+    rows = min(batch_rows, len(fitting) * samples)
+    serving = BatchEngine.offline(engine, prompts, params.max_tokens, rows, weights)
+    verdicts: dict[int, list[Future[bool]]] = {index: [] for index in indices}
     done = len(indices) - len(fitting)
     with ThreadPoolExecutor(GRADERS) as pool:
-        for start in range(0, len(fitting), together):
-            batch = fitting[start : start + together]
-            each = [replace(params, seed=row_seed(params.seed, 1 + index)) for index in batch]
-            answers = engine.generate([asked[index] for index in batch], each, samples)
-            pairs = [(task[i], answer.text) for i, row in zip(batch, answers, strict=True) for answer in row]
-            verdicts = list(pool.map(lambda pair: task.evaluate(*pair), pairs))
-            for number, index in enumerate(batch):
-                correct[index] = sum(verdicts[number * samples : (number + 1) * samples])
-            done += len(batch)
-            report(done, len(indices))
-    return [correct[index] for index in indices], len(indices) - len(fitting)
+        for number, _, answer in serving.complete(prompts, each, samples):
+            given = verdicts[fitting[number]]
+            given.append(pool.submit(task.evaluate, task[fitting[number]], answer.text))
+            if len(given) == samples:
+                done += 1
+                report(done, len(indices))
+        correct = [sum(verdict.result() for verdict in verdicts[index]) for index in indices]
+    return correct, len(indices) - len(fitting)
 
 
 def evaluate_task(
@@ -195,9 +203,13 @@ def evaluate_task(
     max_problems: int | None = None,
     batch_rows: int = 64,
     batch_tokens: int = 16384,
+    weights: WeightsName = "auto",
     report: Report = lambda done, total: None,
 ) -> TaskScore:
-    """One task on all ranks; every rank returns the whole result. report(done, total) counts this rank's problems."""
+    """One task on all ranks; every rank returns the whole result. report(done, total) counts this rank's problems.
+
+    weights: as `make_runner` takes them, for generated answers; letters are read with the model as it is.
+    """
     total = len(task) if max_problems is None else min(len(task), max_problems)
     ranks = dist.is_initialized()
     rank, world = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
@@ -208,7 +220,7 @@ def evaluate_task(
         right = answer_letters(engine.model, engine.tokenizer, task, mine, batch_tokens, report)
         counts[list(mine)] = torch.tensor(right, dtype=torch.int64, device=counts.device)
     elif task.eval_type == "generate":
-        found, too_long = generate_answers(engine, task, mine, params, samples, batch_rows, report)
+        found, too_long = generate_answers(engine, task, mine, params, samples, batch_rows, weights, report)
         counts[list(mine)] = torch.tensor(found, dtype=torch.int64, device=counts.device)
         counts[-1] = too_long
     else:
@@ -260,6 +272,7 @@ def run(config: ChatEvalConfig) -> int:
                         max_problems=config.max_problems,
                         batch_rows=config.batch_rows,
                         batch_tokens=config.batch_tokens,
+                        weights=config.weights,
                         report=report,
                     )
                 )

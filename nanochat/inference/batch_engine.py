@@ -21,9 +21,10 @@ from torch import Tensor
 
 from nanochat.errors import NanochatError, UsageError
 from nanochat.inference.blocks import Blocks
+from nanochat.inference.engine import Engine
 from nanochat.inference.paged_cache import BLOCK_SIZE, FULL, WINDOW, PagedCache, pool_sizes
 from nanochat.inference.row import Completion, Kind, Row, Tool
-from nanochat.inference.runner import make_runner
+from nanochat.inference.runner import WeightsName, make_runner
 from nanochat.inference.sampling import BatchSampler, Penalties, SamplingParams, row_seed
 from nanochat.inference.scheduler import Scheduler, Work
 from nanochat.inference.scheduler import Sequence as Text
@@ -34,6 +35,7 @@ from nanochat.model.gpt import GPT
 from nanochat.tokenizer import Tokenizer
 
 DEFAULT = SamplingParams()
+OFFLINE_STEP = {"cuda": 4096}  # tokens of a step where nobody waits for the next word
 Finish = Literal["stop", "length", "context", "error"]
 
 
@@ -144,9 +146,11 @@ class BatchEngine:
         self.runner = make_runner(model) if runner is None else runner
         sizes = pool_sizes(
             model.config, self.context, config.block_size, config.max_step_tokens, config.max_batch,
-            model.device, model.dtype, config.cache_bytes, config.num_blocks,
+            model.device, self.runner.cache_dtype, config.cache_bytes, config.num_blocks,
         )  # fmt: skip
-        self.cache = PagedCache(model.config, sizes, config.block_size, self.context, model.device, model.dtype)
+        self.cache = PagedCache(
+            model.config, sizes, config.block_size, self.context, model.device, self.runner.cache_dtype
+        )
         self.blocks = Blocks(sizes, config.block_size, self.cache.window, self.context, config.prefix_cache)
         self.scheduler = Scheduler(self.blocks, config.max_batch, config.max_step_tokens)
         self.jobs: dict[str, Job] = {}
@@ -157,6 +161,27 @@ class BatchEngine:
         self._numbers = itertools.count()
         self.error: Exception | None = None
         self._prompt_tokens = self._generated = self._cancelled = self._steps = self._errors = self._adopted = 0
+
+    @classmethod
+    def offline(
+        cls,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        rows: int,
+        weights: WeightsName = "auto",
+    ) -> "BatchEngine":
+        """An engine like the reference engine given, with memory for `rows` of these prompts and their answers."""
+        model, size = engine.model, BLOCK_SIZE
+        length = min(max(map(len, prompts), default=1) + max_tokens, engine.context)
+        step = max(OFFLINE_STEP.get(model.device.type, 512), rows)
+        runner = make_runner(model, weights)
+        most, _ = pool_sizes(
+            model.config, engine.context, size, step, rows, model.device, runner.cache_dtype
+        )  # what memory there is sets a limit too: then fewer run together
+        blocks = min(most, rows * -(-length // size))
+        config = BatchConfig(rows, step, size, num_blocks=blocks, context=engine.context)
+        return cls(model, engine.tokenizer, config, runner, engine.tool)
 
     def check(self, request: Request) -> None:
         """Raises UsageError for a request that could never run."""

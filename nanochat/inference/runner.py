@@ -5,22 +5,27 @@ from typing import Literal, get_args
 import torch
 
 from nanochat.errors import UsageError
+from nanochat.inference.native_runner import NativeRunner
 from nanochat.inference.step import Runner, TorchRunner
 from nanochat.model.gpt import GPT
-from nanochat_kernels import KernelPlan
+from nanochat_kernels import KernelPlan, native
 
 WeightsName = Literal["auto", "fp32", "bf16", "int8", "int4"]
-COMPUTED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPUTED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def make_runner(model: GPT, weights: WeightsName = "auto", plan: KernelPlan | None = None) -> Runner:
-    """A runner for `model` with its weights held as asked for; auto takes them as the model computes with them."""
+    """A runner for `model` with its weights held as asked for.
+
+    auto: as the model computes with them, by the C++ kernels on a CPU that has them, else through torch's ops. What
+    was asked for by name and cannot be had raises UsageError.
+    """
     if weights not in get_args(WeightsName):
         raise UsageError(f"--weights {weights}: use {', '.join(get_args(WeightsName))}")
-    if weights == "auto" or COMPUTED.get(weights) == model.dtype:
+    computed = COMPUTED.get(model.dtype)
+    wanted = computed if weights == "auto" else weights
+    if wanted is not None and model.device.type == "cpu" and native.missing() is None:
+        return NativeRunner(model, wanted)
+    if wanted == computed:
         return TorchRunner(model, plan)
-    dtype = str(model.dtype).removeprefix("torch.")
-    raise UsageError(
-        f"--weights {weights} is not available here: the model computes in {dtype} and there is no native runner; "
-        "use --weights auto, and --dtype to compute in another precision"
-    )
+    return NativeRunner(model, weights)  # says why it cannot

@@ -45,10 +45,14 @@ class StepBatch:
 
 
 class Runner(Protocol):
-    """Computes steps. It may hold the weights in a form of its own; `refresh` makes that anew after they changed."""
+    """Computes steps, with keys and values of `cache_dtype`. It may hold the weights in a form of its own, which
+    `refresh` makes anew after they changed."""
+
+    cache_dtype: torch.dtype
 
     def __call__(self, batch: StepBatch, cache: PagedCache) -> Tensor:
-        """(M, vocab_size) float32 logits, softcapped. Writes the new keys and values into the cache."""
+        """(M, vocab_size) float32 logits, softcapped. Writes the new keys and values into the cache, those of all
+        sequences before it reads any: sequences that share blocks may begin in the same step."""
         ...
 
     def refresh(self) -> None: ...
@@ -59,6 +63,7 @@ class TorchRunner:
 
     def __init__(self, model: GPT, plan: KernelPlan | None = None) -> None:
         self.model, self.plan = model, model.plan if plan is None else plan
+        self.cache_dtype = model.dtype
         self.rows = ROWS if model.device.type == "cpu" and model.dtype == torch.float32 else 1
         self.refresh()
 

@@ -25,6 +25,7 @@ from nanochat.chat_format import render_prompt
 from nanochat.data.packing import IGNORED_TARGET
 from nanochat.errors import NanochatError
 from nanochat.evaluation.tasks import Task, question_of
+from nanochat.inference.batch_engine import BatchEngine
 from nanochat.inference.engine import Engine
 from nanochat.inference.row import Completion
 from nanochat.inference.sampling import SamplingParams, row_seed
@@ -93,7 +94,8 @@ def to_tensors(answers: Sequence[Answer], pad_id: int, device: torch.device) -> 
 class Rollouts:
     """An endless iterator of RolloutBatch. `stats` describes the step whose batches are being given out.
 
-    questions: of a step on all ranks. rows: answers of a micro-batch. eager: a context in which the engine runs.
+    questions: of a step on all ranks. rows: answers of a micro-batch. together: questions whose answers are generated
+    at the same time. eager: a context in which the engine runs.
     """
 
     def __init__(
@@ -142,10 +144,8 @@ class Rollouts:
     def _make_step(self) -> list[RolloutBatch]:
         begin, step = time.perf_counter(), self.step
         mine = list(enumerate(self.problems(step)))[self.runtime.rank :: self.runtime.world_size]
-        answers: list[Answer] = []
         with self.eager():
-            for start in range(0, len(mine), self.together):
-                answers += self._answer(step, mine[start : start + self.together])
+            answers = self._answer(step, mine)
         targets = self._agree_on_stats(answers, begin)
         waited = time.perf_counter() - begin
         answers.sort(key=lambda answer: len(answer.ids))  # alike lengths share a micro-batch: little padding
@@ -170,7 +170,10 @@ class Rollouts:
                 )
         seeds = [row_seed(self.params.seed, 1 + step * self.questions + question) for question, _ in asked]
         params = [replace(self.params, seed=seed) for seed in seeds]
-        completions = self.engine.generate(prompts, params, self.samples)
+        rows = min(self.together, len(asked)) * self.samples
+        # Made anew for every step: its weights are those of now, and its memory is free while the model learns.
+        engine = BatchEngine.offline(self.engine, prompts, self.params.max_tokens, rows)
+        completions = engine.generate(prompts, params, self.samples)
         return [
             answer
             for item, prompt, row in zip(items, prompts, completions, strict=True)
