@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanochat_kernels.numerics import normal, product_dtype
 from nanochat_kernels.registry import Case, Cost, Op, Tolerance
+from nanochat_kernels.triton_support import needs_triton
 
 COEFFICIENTS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -81,6 +82,9 @@ orthogonalize = Op(
     "orthogonalize",
     torch=orthogonalize_reference,
     blas=orthogonalize_blas,
+    triton="nanochat_kernels.orthogonalize_triton:orthogonalize_triton",
+    available={"triton": needs_triton},
+    custom=("triton",),
     auto=(("blas", lambda place: place.device.type == "cpu", "sums folded into the matrix products"),),
     cases=_cases,
     cost=_cost,
