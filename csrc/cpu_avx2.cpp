@@ -49,13 +49,22 @@ struct V {
   static I shl(I w) {
     return _mm256_slli_epi32(w, n);
   }
+  static void store_int(int32_t* p, F x) { _mm256_storeu_si256(reinterpret_cast<I*>(p), _mm256_cvtps_epi32(x)); }
+  static void store_any(float* p, F x) { store(p, x); }
+  static void store_any(float* p, I x) { _mm256_storeu_si256(reinterpret_cast<I*>(p), x); }
+  static I set_words(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
+  static I dot16(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
   template <int n>
-  static I shr(I w) {
-    return _mm256_srli_epi32(w, n);
+  static I shl16(I w) {
+    return _mm256_slli_epi16(w, n);
   }
   template <int n>
-  static I sar(I w) {
-    return _mm256_srai_epi32(w, n);
+  static I shr16(I w) {
+    return _mm256_srli_epi16(w, n);
+  }
+  template <int n>
+  static I sar16(I w) {
+    return _mm256_srai_epi16(w, n);
   }
   static F halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static F bf16s(const uint16_t* p) {
@@ -68,7 +77,7 @@ struct V {
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", linear, norm, rope_norm, attend};
+const Kernels kAvx2 = {"avx2", prepare, linear, norm, rope_norm, attend};
 
 }  // namespace nanochat
 

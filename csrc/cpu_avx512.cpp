@@ -1,4 +1,4 @@
-// AVX-512 (F alone is used): 16 lanes, 32 registers, so 6 rows × 2 vectors keep both multipliers busy.
+// AVX-512 F and BW, with VNNI where cpu_avx512vnni.cpp includes this file: 16 lanes, 32 registers, 6 rows × 2 vectors.
 #include <utility>
 
 #include "cpu_kernels.h"
@@ -6,10 +6,22 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,fma,f16c"))), apply_to = function)
+#if NANOCHAT_VNNI
+#define NANOCHAT_TARGET "avx512f,avx512bw,avx512vnni,fma,f16c"
+#define NANOCHAT_PRAGMA _Pragma("GCC target(\"avx512f,avx512bw,avx512vnni,fma,f16c,prefer-vector-width=512\")")
+#define NANOCHAT_TABLE kAvx512Vnni
+#define NANOCHAT_NAME "avx512vnni"
 #else
-#pragma GCC target("avx512f,fma,f16c,prefer-vector-width=512")
+#define NANOCHAT_TARGET "avx512f,avx512bw,fma,f16c"
+#define NANOCHAT_PRAGMA _Pragma("GCC target(\"avx512f,avx512bw,fma,f16c,prefer-vector-width=512\")")
+#define NANOCHAT_TABLE kAvx512
+#define NANOCHAT_NAME "avx512"
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target(NANOCHAT_TARGET))), apply_to = function)
+#else
+NANOCHAT_PRAGMA
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false alarms inside GCC 12's own avx512fintrin.h
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -46,13 +58,26 @@ struct V {
   static I shl(I w) {
     return _mm512_slli_epi32(w, n);
   }
+  static void store_int(int32_t* p, F x) { _mm512_storeu_si512(p, _mm512_cvtps_epi32(x)); }
+  static void store_any(float* p, F x) { store(p, x); }
+  static void store_any(float* p, I x) { _mm512_storeu_si512(p, x); }
+  static I set_words(uint32_t w) { return _mm512_set1_epi32(static_cast<int>(w)); }
+#if NANOCHAT_VNNI
+  static I dot16(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+#else
+  static I dot16(I acc, I a, I b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+#endif
   template <int n>
-  static I shr(I w) {
-    return _mm512_srli_epi32(w, n);
+  static I shl16(I w) {
+    return _mm512_slli_epi16(w, n);
   }
   template <int n>
-  static I sar(I w) {
-    return _mm512_srai_epi32(w, n);
+  static I shr16(I w) {
+    return _mm512_srli_epi16(w, n);
+  }
+  template <int n>
+  static I sar16(I w) {
+    return _mm512_srai_epi16(w, n);
   }
   static F halves(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -66,8 +91,8 @@ struct V {
 
 }  // namespace
 
-extern const Kernels kAvx512;
-const Kernels kAvx512 = {"avx512", linear, norm, rope_norm, attend};
+extern const Kernels NANOCHAT_TABLE;
+const Kernels NANOCHAT_TABLE = {NANOCHAT_NAME, prepare, linear, norm, rope_norm, attend};
 
 }  // namespace nanochat
 

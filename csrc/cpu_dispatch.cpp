@@ -8,14 +8,14 @@ namespace nanochat {
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvx512, kAvx512Vnni;
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif
 
 const Kernels& cpu_kernels() {
 #if defined(__x86_64__)
-  static const Kernels* const all[] = {&kAvx512, &kAvx2};
+  static const Kernels* const all[] = {&kAvx512Vnni, &kAvx512, &kAvx2};
 #elif defined(__aarch64__)
   static const Kernels* const all[] = {&kNeon};
 #else

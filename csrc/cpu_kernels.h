@@ -5,9 +5,12 @@
 // One layout serves every vector width that divides 32, and every output adds up its products in the order of k,
 // whatever the number of rows: a row's result does not depend on the batch, bit for bit.
 //
-//   fp32, bf16   y = Σ x·w
-//   int8         y = s·Σ x·q                      scales: float s per output
+//   fp32, bf16   y = Σ x·w in float32
+//   int8         y = s·Σ_g Σ x·q                  scales: float s per output
 //   int4         y = Σ_g (s_g·Σ x·q + o_g·Σ x)    scales: half s, o per group of 64 inputs, (panel, group, 2, 32)
+//
+// For int8 and int4 the inputs of a group of 64 are rounded to 16 bits, so that products of pairs add up exactly in 32-bit
+// integers: half the instructions of a conversion to float, and the same numbers on every machine within a group.
 //
 // No torch header is included here or in any file that is compiled for a SIMD level: these build in seconds, and no
 // inline function of a library can leak instructions that a smaller machine lacks.
@@ -18,7 +21,7 @@
 namespace nanochat {
 
 constexpr int64_t kPanel = 32;    // outputs per panel
-constexpr int64_t kGroup = 64;    // inputs per int4 scale
+constexpr int64_t kGroup = 64;    // inputs per int4 scale, and per scale of 16-bit inputs
 constexpr int64_t kDecode = 128;  // inputs decoded at a time for many rows: 16 KB of floats, half of an L1 cache
 
 enum class Format : int { fp32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
@@ -66,7 +69,9 @@ struct AttendArgs {
 
 struct Kernels {
   const char* name;
-  // Panels [begin, end) of a product. scratch: linear_scratch(...) floats.
+  // What all panels of a product share, written to scratch (linear_scratch(...) floats): once per thread and product.
+  void (*prepare)(const LinearArgs&, float* scratch);
+  // Panels [begin, end) of a product.
   void (*linear)(const LinearArgs&, int64_t begin, int64_t end, float* scratch);
   void (*norm)(const NormArgs&);
   // A head (d) in place: rotated by −θ, then scale·rmsnorm.
@@ -74,7 +79,9 @@ struct Kernels {
   void (*attend)(const AttendArgs&);
 };
 
-inline int64_t linear_scratch(int64_t rows, int64_t inputs) { return kDecode * kPanel + rows * (inputs / kGroup + 1); }
+inline int64_t linear_scratch(int64_t rows, int64_t inputs) {
+  return kDecode * kPanel + rows * (inputs / 2 + 2 * ((inputs + kGroup - 1) / kGroup));
+}
 inline int64_t attend_scratch(int64_t heads, int64_t keys) { return heads * keys; }
 
 inline float from_bf16(uint16_t bits) {

@@ -13,7 +13,8 @@ NANOCHAT_INLINE void unroll(Body&& body) {
   }(std::make_integer_sequence<int, N>{});
 }
 
-// Weight `i` of every lane's word as a float: the stored value for fp32 and bf16, the integer for int8 and int4.
+// What a word holds. fp32 and bf16: at<i> is weight i of every lane as floats. int8 and int4: at<i> is the pair of weights
+// (i, i + per_word/2) as the two 16-bit halves of every lane, ready for a dot product with two inputs.
 template <Format format>
 struct Code;
 template <>
@@ -36,18 +37,19 @@ template <>
 struct Code<Format::int8> {
   static constexpr int per_word = 4;
   template <int i>
-  static NANOCHAT_INLINE V::F at(V::I w) {
-    return V::to_float(V::template sar<24>(V::template shl<24 - 8 * i>(w)));
+  static NANOCHAT_INLINE V::I at(V::I w) {
+    return V::template sar16<8>(i == 0 ? V::template shl16<8>(w) : w);
   }
 };
 template <>
 struct Code<Format::int4> {
   static constexpr int per_word = 8;
   template <int i>
-  static NANOCHAT_INLINE V::F at(V::I w) {
-    return V::to_float(i == 7 ? V::template shr<28>(w) : V::mask(V::template shr<4 * i>(w), 15u));
+  static NANOCHAT_INLINE V::I at(V::I w) {
+    return i == 3 ? V::template shr16<12>(w) : V::mask(V::template shr16<4 * i>(w), 0x000f000fu);
   }
 };
+constexpr bool is_integer(Format format) { return format == Format::int8 || format == Format::int4; }
 
 NANOCHAT_INLINE V::F exp_of(V::F x) {  // Cephes' expf: 2^n · e^r with |r| ≤ ln2/2, about 1 ulp
   x = V::min(V::max(x, V::set(-87.0f)), V::set(88.0f));
@@ -86,10 +88,61 @@ NANOCHAT_INLINE V::F finish(V::F y, Epilogue epilogue, float softcap) {
   return y;
 }
 
-NANOCHAT_INLINE float group_sum(const float* x) {
-  V::F sum = V::load(x);
-  for (int64_t k = V::lanes; k < kGroup; k += V::lanes) sum = V::add(sum, V::load(x + k));
-  return V::sum(sum);
+// The inputs of integer products: 16-bit numbers times a scale per row and group, whose error of 1/65534 of the group's
+// largest input is far below what the weights' own rounding does. 16 bits times 8, over a group, cannot overflow 32.
+struct Inputs {
+  const uint32_t* words;  // (rows, inputs/2), pairs in the order in which weights come out of their words
+  const float *scales, *sums;  // (rows, groups); sums: of the rounded inputs, scaled
+  int64_t groups;
+};
+
+struct Scratch {
+  float* decoded;
+  uint32_t* words;
+  float *scales, *sums;
+};
+
+NANOCHAT_INLINE Scratch scratch_of(const LinearArgs& a, float* scratch) {
+  Scratch s;
+  s.decoded = scratch;
+  s.words = reinterpret_cast<uint32_t*>(scratch + kDecode * kPanel);
+  s.scales = scratch + kDecode * kPanel + a.rows * (a.weight.inputs / 2);
+  s.sums = s.scales + a.rows * ((a.weight.inputs + kGroup - 1) / kGroup);
+  return s;
+}
+
+// 64 inputs → 32 words of two 16-bit numbers; per: weights per word.
+NANOCHAT_INLINE void quantize_group(const float* x, int per, uint32_t* words, float* scale, float* sum) {
+  V::F top = V::zero();
+  for (int64_t k = 0; k < kGroup; k += V::lanes) {
+    const V::F value = V::load(x + k);
+    top = V::max(top, V::max(value, V::sub(V::zero(), value)));
+  }
+  float lanes[V::lanes], most = 0.0f;
+  V::store(lanes, top);
+  for (float lane : lanes) most = lane > most ? lane : most;
+  const float step = most / 32767.0f, inverse = step > 1e-35f ? 1.0f / step : 0.0f;
+  int32_t codes[kGroup];
+  int32_t total = 0;
+  for (int64_t k = 0; k < kGroup; k += V::lanes) V::store_int(codes + k, V::mul(V::load(x + k), V::set(inverse)));
+  for (int64_t k = 0; k < kGroup; ++k) total += codes[k];
+  for (int64_t k = 0; k < kGroup; k += per)
+    for (int i = 0; i < per / 2; ++i)
+      words[k / 2 + i] = (static_cast<uint32_t>(codes[k + i]) & 0xffffu) |
+                         (static_cast<uint32_t>(codes[k + i + per / 2]) << 16);
+  *scale = step;
+  *sum = step * static_cast<float>(total);
+}
+
+void prepare(const LinearArgs& a, float* scratch) {
+  if (!is_integer(a.weight.format)) return;
+  const Scratch s = scratch_of(a, scratch);
+  const int64_t inputs = a.weight.inputs, groups = inputs / kGroup;
+  const int per = a.weight.format == Format::int8 ? 4 : 8;
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t g = 0; g < groups; ++g)
+      quantize_group(a.x + row * a.x_stride + g * kGroup, per, s.words + row * (inputs / 2) + g * (kGroup / 2),
+                     s.scales + row * groups + g, s.sums + row * groups + g);
 }
 
 struct Tile {  // where a product's panel finds its parts
@@ -107,44 +160,95 @@ NANOCHAT_INLINE Tile tile_of(const Packed& w, int64_t panel) {
   return tile;
 }
 
-// R rows (few) times P panels, decoding each word once. x: R rows; y: R rows at the first panel's outputs.
+// out ← what a group of an integer product adds to it; `sum` holds Σ q·x of the group in units of the inputs' scale.
+template <Format format>
+NANOCHAT_INLINE void settle(const LinearArgs& a, const Tile& tile, int64_t group, int64_t lane, V::I sum, float scale,
+                            float inputs_sum, float* out) {
+  V::F value = V::mul(V::to_float(sum), V::set(scale));
+  const V::F before = group == 0 ? V::zero() : V::load(out);
+  const bool last = (group + 1) * kGroup == a.weight.inputs;
+  if (format == Format::int8) {
+    value = V::add(value, before);
+    if (last) value = V::mul(value, V::load(tile.channel + lane));
+  } else {
+    const uint16_t* halves = tile.halves + group * 2 * kPanel + lane;
+    value = V::fma(V::halves(halves), value, before);
+    value = V::fma(V::halves(halves + kPanel), V::set(inputs_sum), value);
+  }
+  V::store(out, last ? finish(value, a.epilogue, a.softcap) : value);
+}
+
+// R rows (few) times P panels, decoding each word once, in as many independent sums as hide the latency of an fma.
+template <int R>
+constexpr int kTogether = R == 1 && kVecs >= 4 ? 4 : kVecs / 2;
+
 template <Format format, int R, int P>
-void direct(const LinearArgs& a, int64_t panel, int64_t row) {
+void direct(const LinearArgs& a, int64_t panel, const Inputs&) {
   using C = Code<format>;
-  constexpr int per = C::per_word, vecs = P * kVecs;
-  const float* x = a.x + row * a.x_stride;
-  float* y = a.y + row * a.y_stride + panel * kPanel;
+  constexpr int per = C::per_word, vecs = P * kVecs, together = kTogether<R>;
+  float* y = a.y + panel * kPanel;
   Tile tiles[P];
   for (int p = 0; p < P; ++p) tiles[p] = tile_of<format>(a.weight, panel + p);
-  const int64_t inputs = a.weight.inputs, span = format == Format::int4 ? kGroup : inputs;
-  for (int64_t start = 0; start < inputs; start += span) {
-    V::F acc[R][vecs];
-    unroll<R>([&](auto r) { unroll<vecs>([&](auto v) { acc[r][v] = V::zero(); }); });
-    for (int64_t k = start; k < start + span; k += per) {
-      unroll<vecs>([&](auto v) {
-        const V::I word = V::words(tiles[v / kVecs].words + (k / per) * kPanel + (v % kVecs) * V::lanes);
-        unroll<per>([&](auto i) {
-          const V::F w = C::template at<i>(word);
-          unroll<R>([&](auto r) { acc[r][v] = V::fma(V::set(x[r * a.x_stride + k + i]), w, acc[r][v]); });
+  V::F acc[R][vecs];
+  unroll<R>([&](auto r) { unroll<vecs>([&](auto v) { acc[r][v] = V::zero(); }); });
+  for (int64_t k = 0; k < a.weight.inputs; k += per) {
+    unroll<vecs / together>([&](auto part) {
+      V::I word[together];
+      unroll<together>([&](auto j) {
+        constexpr int v = part * together + j;
+        word[j] = V::words(tiles[v / kVecs].words + (k / per) * kPanel + (v % kVecs) * V::lanes);
+      });
+      unroll<per>([&](auto i) {
+        V::F value[R];
+        unroll<R>([&](auto r) { value[r] = V::set(a.x[r * a.x_stride + k + i]); });
+        unroll<together>([&](auto j) {
+          const V::F w = C::template at<i>(word[j]);
+          constexpr int v = part * together + j;
+          unroll<R>([&](auto r) { acc[r][v] = V::fma(value[r], w, acc[r][v]); });
+        });
+      });
+    });
+  }
+  unroll<vecs>([&](auto v) {
+    unroll<R>([&](auto r) {
+      V::store(y + r * a.y_stride + v * V::lanes, finish(acc[r][v], a.epilogue, a.softcap));
+    });
+  });
+}
+
+template <Format format, int R, int P>
+void direct_integer(const LinearArgs& a, int64_t panel, const Inputs& x) {
+  using C = Code<format>;
+  constexpr int per = C::per_word, vecs = P * kVecs, together = kTogether<R>;
+  float* y = a.y + panel * kPanel;
+  Tile tiles[P];
+  for (int p = 0; p < P; ++p) tiles[p] = tile_of<format>(a.weight, panel + p);
+  for (int64_t group = 0; group < x.groups; ++group) {
+    V::I acc[R][vecs];
+    unroll<R>([&](auto r) { unroll<vecs>([&](auto v) { acc[r][v] = V::set_words(0); }); });
+    const uint32_t* inputs = x.words + group * (kGroup / 2);
+    for (int64_t block = group * (kGroup / per); block < (group + 1) * (kGroup / per); ++block, inputs += per / 2) {
+      unroll<vecs / together>([&](auto part) {
+        V::I word[together];
+        unroll<together>([&](auto j) {
+          constexpr int v = part * together + j;
+          word[j] = V::words(tiles[v / kVecs].words + block * kPanel + (v % kVecs) * V::lanes);
+        });
+        unroll<per / 2>([&](auto i) {
+          V::I pair[R];
+          unroll<R>([&](auto r) { pair[r] = V::set_words(inputs[r * (a.weight.inputs / 2) + i]); });
+          unroll<together>([&](auto j) {
+            const V::I w = C::template at<i>(word[j]);
+            constexpr int v = part * together + j;
+            unroll<R>([&](auto r) { acc[r][v] = V::dot16(acc[r][v], w, pair[r]); });
+          });
         });
       });
     }
-    float sums[R];
-    if (format == Format::int4) unroll<R>([&](auto r) { sums[r] = group_sum(x + r * a.x_stride + start); });
-    const bool last = start + span == inputs;
     unroll<vecs>([&](auto v) {
-      const Tile& tile = tiles[v / kVecs];
-      const int64_t lane = (v % kVecs) * V::lanes, group = (start / kGroup) * 2 * kPanel + lane;
       unroll<R>([&](auto r) {
-        float* out = y + r * a.y_stride + v * V::lanes;
-        V::F value = acc[r][v];
-        if (format == Format::int8) value = V::mul(value, V::load(tile.channel + lane));
-        if (format == Format::int4) {
-          const V::F before = start == 0 ? V::zero() : V::load(out);
-          value = V::fma(V::halves(tile.halves + group), value, before);
-          value = V::fma(V::halves(tile.halves + group + kPanel), V::set(sums[r]), value);
-        }
-        V::store(out, last ? finish(value, a.epilogue, a.softcap) : value);
+        settle<format>(a, tiles[v / kVecs], group, (v % kVecs) * V::lanes, acc[r][v], x.scales[r * x.groups + group],
+                       x.sums[r * x.groups + group], y + r * a.y_stride + v * V::lanes);
       });
     });
   }
@@ -152,42 +256,52 @@ void direct(const LinearArgs& a, int64_t panel, int64_t row) {
 
 // R rows times one panel whose weights [begin, end) lie decoded in `decoded`; y carries the sums from span to span.
 template <Format format, int R>
-void blocked(const LinearArgs& a, const Tile& tile, const float* decoded, const float* sums, int64_t panel, int64_t row,
+void blocked(const LinearArgs& a, const Tile&, const float* decoded, const Inputs&, int64_t panel, int64_t row,
              int64_t begin, int64_t end) {
   const float* x = a.x + row * a.x_stride;
   float* y = a.y + row * a.y_stride + panel * kPanel;
-  const int64_t inputs = a.weight.inputs, groups = inputs / kGroup,
-                span = format == Format::int4 ? kGroup : end - begin;
-  for (int64_t start = begin; start < end; start += span) {
-    const bool first = start == 0, last = start + span == inputs;
-    V::F acc[R][kVecs];
-    unroll<R>([&](auto r) {
-      unroll<kVecs>([&](auto v) {
-        const bool fresh = first || format == Format::int4;
-        acc[r][v] = fresh ? V::zero() : V::load(y + r * a.y_stride + v * V::lanes);
-      });
+  V::F acc[R][kVecs];
+  unroll<R>([&](auto r) {
+    unroll<kVecs>([&](auto v) { acc[r][v] = begin == 0 ? V::zero() : V::load(y + r * a.y_stride + v * V::lanes); });
+  });
+  for (int64_t k = begin; k < end; ++k) {
+    V::F value[R];
+    unroll<R>([&](auto r) { value[r] = V::set(x[r * a.x_stride + k]); });
+    unroll<kVecs>([&](auto v) {
+      const V::F w = V::load(decoded + (k - begin) * kPanel + v * V::lanes);
+      unroll<R>([&](auto r) { acc[r][v] = V::fma(value[r], w, acc[r][v]); });
     });
-    for (int64_t k = start; k < start + span; ++k) {
-      V::F value[R];
-      unroll<R>([&](auto r) { value[r] = V::set(x[r * a.x_stride + k]); });
+  }
+  const bool last = end == a.weight.inputs;
+  unroll<kVecs>([&](auto v) {
+    unroll<R>([&](auto r) {
+      V::store(y + r * a.y_stride + v * V::lanes, last ? finish(acc[r][v], a.epilogue, a.softcap) : acc[r][v]);
+    });
+  });
+}
+
+template <Format format, int R>
+void blocked_integer(const LinearArgs& a, const Tile& tile, const float* decoded, const Inputs& x, int64_t panel,
+                     int64_t row, int64_t begin, int64_t end) {
+  const int64_t stride = a.weight.inputs / 2;
+  float* y = a.y + row * a.y_stride + panel * kPanel;
+  const uint32_t* weights = reinterpret_cast<const uint32_t*>(decoded);
+  for (int64_t group = begin / kGroup; group < end / kGroup; ++group) {
+    V::I acc[R][kVecs];
+    unroll<R>([&](auto r) { unroll<kVecs>([&](auto v) { acc[r][v] = V::set_words(0); }); });
+    const uint32_t* inputs = x.words + row * stride + group * (kGroup / 2);
+    for (int64_t i = 0; i < kGroup / 2; ++i, weights += kPanel) {
+      V::I pair[R];
+      unroll<R>([&](auto r) { pair[r] = V::set_words(inputs[r * stride + i]); });
       unroll<kVecs>([&](auto v) {
-        const V::F w = V::load(decoded + (k - begin) * kPanel + v * V::lanes);
-        unroll<R>([&](auto r) { acc[r][v] = V::fma(value[r], w, acc[r][v]); });
+        const V::I w = V::words(weights + v * V::lanes);
+        unroll<R>([&](auto r) { acc[r][v] = V::dot16(acc[r][v], w, pair[r]); });
       });
     }
     unroll<kVecs>([&](auto v) {
-      const int64_t lane = v * V::lanes, group = (start / kGroup) * 2 * kPanel + lane;
       unroll<R>([&](auto r) {
-        float* out = y + r * a.y_stride + lane;
-        V::F value = acc[r][v];
-        if (format == Format::int8 && last) value = V::mul(value, V::load(tile.channel + lane));
-        if (format == Format::int4) {
-          const V::F before = first ? V::zero() : V::load(out);
-          value = V::fma(V::halves(tile.halves + group), value, before);
-          value =
-              V::fma(V::halves(tile.halves + group + kPanel), V::set(sums[(row + r) * groups + start / kGroup]), value);
-        }
-        V::store(out, last ? finish(value, a.epilogue, a.softcap) : value);
+        settle<format>(a, tile, group, v * V::lanes, acc[r][v], x.scales[(row + r) * x.groups + group],
+                       x.sums[(row + r) * x.groups + group], y + r * a.y_stride + v * V::lanes);
       });
     });
   }
@@ -195,13 +309,13 @@ void blocked(const LinearArgs& a, const Tile& tile, const float* decoded, const 
 
 template <Format format>
 void decode(const Tile& tile, int64_t begin, int64_t end, float* decoded) {
-  constexpr int per = Code<format>::per_word;
-  for (int64_t k = begin; k < end; k += per) {
-    const uint32_t* words = tile.words + (k / per) * kPanel;
-    float* out = decoded + (k - begin) * kPanel;
+  constexpr int per = Code<format>::per_word, parts = is_integer(format) ? per / 2 : per;
+  for (int64_t block = begin / per; block < end / per; ++block, decoded += parts * kPanel) {
     unroll<kVecs>([&](auto v) {
-      const V::I word = V::words(words + v * V::lanes);
-      unroll<per>([&](auto i) { V::store(out + i * kPanel + v * V::lanes, Code<format>::template at<i>(word)); });
+      const V::I word = V::words(tile.words + block * kPanel + v * V::lanes);
+      unroll<parts>([&](auto i) {
+        V::store_any(decoded + i * kPanel + v * V::lanes, Code<format>::template at<i>(word));
+      });
     });
   }
 }
@@ -214,33 +328,38 @@ NANOCHAT_INLINE void with_rows(int64_t rows, Body&& body) {
 }
 
 template <Format format>
-void linear_many(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
-  float *decoded = scratch, *sums = scratch + kDecode * kPanel;
-  const int64_t inputs = a.weight.inputs, groups = inputs / kGroup;
-  if (format == Format::int4)
-    for (int64_t row = 0; row < a.rows; ++row)
-      for (int64_t g = 0; g < groups; ++g) sums[row * groups + g] = group_sum(a.x + row * a.x_stride + g * kGroup);
+void linear_many(const LinearArgs& a, int64_t begin, int64_t end, float* decoded, const Inputs& x) {
+  constexpr int64_t span = is_integer(format) ? 2 * kDecode : kDecode;  // pairs take the room of one float
+  const int64_t inputs = a.weight.inputs;
   for (int64_t panel = begin; panel < end; ++panel) {
     const Tile tile = tile_of<format>(a.weight, panel);
-    for (int64_t k = 0; k < inputs; k += kDecode) {
-      const int64_t stop = k + kDecode < inputs ? k + kDecode : inputs;
+    for (int64_t k = 0; k < inputs; k += span) {
+      const int64_t stop = k + span < inputs ? k + span : inputs;
       decode<format>(tile, k, stop, decoded);
       for (int64_t row = 0; row < a.rows;)
         with_rows<V::rows>(a.rows - row, [&](auto r) {
-          blocked<format, r>(a, tile, decoded, sums, panel, row, k, stop);
+          if constexpr (is_integer(format)) blocked_integer<format, r>(a, tile, decoded, x, panel, row, k, stop);
+          else blocked<format, r>(a, tile, decoded, x, panel, row, k, stop);
           row += r;
         });
     }
   }
 }
 
+template <Format format, int R, int P>
+NANOCHAT_INLINE void few(const LinearArgs& a, int64_t panel, const Inputs& x) {
+  if constexpr (is_integer(format)) direct_integer<format, R, P>(a, panel, x);
+  else direct<format, R, P>(a, panel, x);
+}
+
 template <Format format>
 void linear_of(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
-  if (a.rows > V::rows) return linear_many<format>(a, begin, end, scratch);
-  if (a.rows == 1) {
-    for (; begin + 2 <= end; begin += 2) direct<format, 1, 2>(a, begin, 0);
-  }
-  for (; begin < end; ++begin) with_rows<V::rows>(a.rows, [&](auto r) { direct<format, r, 1>(a, begin, 0); });
+  const Scratch s = scratch_of(a, scratch);
+  const Inputs x{s.words, s.scales, s.sums, a.weight.inputs / kGroup};
+  if (a.rows > V::rows) return linear_many<format>(a, begin, end, s.decoded, x);
+  if (a.rows == 1)
+    for (; begin + 2 <= end; begin += 2) few<format, 1, 2>(a, begin, x);
+  for (; begin < end; ++begin) with_rows<V::rows>(a.rows, [&](auto r) { few<format, r, 1>(a, begin, x); });
 }
 
 void linear(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {

@@ -39,16 +39,27 @@ struct V {
   static I shl(I w) {
     return vshlq_n_u32(w, n);
   }
-  template <int n>
-  static I shr(I w) {
-    if constexpr (n == 0)
-      return w;  // the instruction has no shift by nothing
-    else
-      return vshrq_n_u32(w, n);
+  static void store_int(int32_t* p, F x) { vst1q_s32(p, vcvtnq_s32_f32(x)); }
+  static void store_any(float* p, F x) { store(p, x); }
+  static void store_any(float* p, I x) { vst1q_u32(reinterpret_cast<uint32_t*>(p), x); }
+  static I set_words(uint32_t w) { return vdupq_n_u32(w); }
+  static I dot16(I acc, I a, I b) {
+    const int16x8_t x = vreinterpretq_s16_u32(a), y = vreinterpretq_s16_u32(b);
+    const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
+    return vaddq_u32(acc, vreinterpretq_u32_s32(vpaddq_s32(low, high)));
   }
   template <int n>
-  static I sar(I w) {
-    return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(w), n));
+  static I shl16(I w) {
+    return vreinterpretq_u32_u16(vshlq_n_u16(vreinterpretq_u16_u32(w), n));
+  }
+  template <int n>
+  static I shr16(I w) {
+    if constexpr (n == 0) return w;  // the instruction has no shift by nothing
+    else return vreinterpretq_u32_u16(vshrq_n_u16(vreinterpretq_u16_u32(w), n));
+  }
+  template <int n>
+  static I sar16(I w) {
+    return vreinterpretq_u32_s16(vshrq_n_s16(vreinterpretq_s16_u32(w), n));
   }
   static F halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
   static F bf16s(const uint16_t* p) { return bits(vshll_n_u16(vld1_u16(p), 16)); }
@@ -59,7 +70,7 @@ struct V {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", linear, norm, rope_norm, attend};
+const Kernels kNeon = {"neon", prepare, linear, norm, rope_norm, attend};
 
 }  // namespace nanochat
 #endif

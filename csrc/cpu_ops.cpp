@@ -34,7 +34,7 @@ Packed packed(Format format, const Tensor& words, const std::optional<Tensor>& s
               "packed words must be a contiguous int32 tensor (panels, blocks, ", kPanel, ")");
   Packed p{format, reinterpret_cast<const uint32_t*>(words.const_data_ptr<int32_t>()), nullptr,
            words.size(1) * per_word(format), words.size(0) * kPanel};
-  TORCH_CHECK(format != Format::int4 || p.inputs % kGroup == 0, "int4 inputs must be whole groups of ", kGroup);
+  TORCH_CHECK(per_word(format) < 4 || p.inputs % kGroup == 0, "int8 and int4 inputs must be whole groups of ", kGroup);
   if (format == Format::int8 || format == Format::int4) {
     TORCH_CHECK(scales && scales->is_contiguous(), "int8 and int4 weights need contiguous scales");
     const bool wide = format == Format::int8;
@@ -97,7 +97,9 @@ Tensor packed_linear(const Tensor& x, const Tensor& words, const std::optional<T
   const int64_t panels = weight.outputs / kPanel;
   if (args.rows)
     at::parallel_for(0, (panels + 1) / 2, 1, [&](int64_t begin, int64_t end) {
-      kernels.linear(args, 2 * begin, std::min(2 * end, panels), scratch(linear_scratch(args.rows, weight.inputs)));
+      float* room = scratch(linear_scratch(args.rows, weight.inputs));
+      kernels.prepare(args, room);
+      kernels.linear(args, 2 * begin, std::min(2 * end, panels), room);
     });
   return outputs == weight.outputs ? y : y.narrow(1, 0, outputs).contiguous();
 }

@@ -19,6 +19,8 @@ struct V {
   typedef float F __attribute__((vector_size(16)));
   typedef uint32_t I __attribute__((vector_size(16)));
   typedef int32_t S __attribute__((vector_size(16)));
+  typedef uint16_t H __attribute__((vector_size(16)));
+  typedef int16_t T __attribute__((vector_size(16)));
   static constexpr int lanes = 4, rows = 2;
   static F zero() { return set(0.0f); }
   static F set(float x) { return F{x, x, x, x}; }
@@ -54,13 +56,26 @@ struct V {
   static I shl(I w) {
     return w << n;
   }
-  template <int n>
-  static I shr(I w) {
-    return w >> n;
+  static void store_int(int32_t* p, F x) {
+    for (int i = 0; i < lanes; ++i) p[i] = static_cast<int32_t>(std::nearbyint(x[i]));
+  }
+  static void store_any(float* p, F x) { store(p, x); }
+  static void store_any(float* p, I x) { std::memcpy(p, &x, sizeof x); }
+  static I set_words(uint32_t w) { return I{w, w, w, w}; }
+  static I dot16(I acc, I a, I b) {
+    return acc + (I)(((S)(a << 16) >> 16) * ((S)(b << 16) >> 16) + ((S)a >> 16) * ((S)b >> 16));
   }
   template <int n>
-  static I sar(I w) {
-    return (I)((S)w >> n);
+  static I shl16(I w) {
+    return (I)((H)w << n);
+  }
+  template <int n>
+  static I shr16(I w) {
+    return (I)((H)w >> n);
+  }
+  template <int n>
+  static I sar16(I w) {
+    return (I)((T)w >> n);
   }
   static F halves(const uint16_t* p) { return F{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])}; }
   static F bf16s(const uint16_t* p) { return bits(I{p[0], p[1], p[2], p[3]} << 16); }
@@ -71,6 +86,6 @@ struct V {
 }  // namespace
 
 extern const Kernels kPortable;
-const Kernels kPortable = {"portable", linear, norm, rope_norm, attend};
+const Kernels kPortable = {"portable", prepare, linear, norm, rope_norm, attend};
 
 }  // namespace nanochat

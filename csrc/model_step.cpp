@@ -143,9 +143,12 @@ class Step {
   void linear(const Packed& w, const float* x, int64_t x_stride, int64_t rows, float* y, int64_t y_stride, Epilogue e) {
     const int64_t panels = w.outputs / kPanel, items = (panels + 1) / 2;
     const LinearArgs args{w, x, x_stride, rows, y, y_stride, e, a.softcap};
+    float* room = scratch(linear_scratch(rows, w.inputs));
+    bool prepared = false;  // by this thread
     crew.run(phase++, rows ? items : 0, [&](int64_t item) {
-      const int64_t end = 2 * item + 2 < panels ? 2 * item + 2 : panels;
-      f.linear(args, 2 * item, end, scratch(linear_scratch(rows, w.inputs)));
+      if (!prepared) f.prepare(args, room);
+      prepared = true;
+      f.linear(args, 2 * item, 2 * item + 2 < panels ? 2 * item + 2 : panels, room);
     });
   }
 

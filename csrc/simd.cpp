@@ -17,9 +17,12 @@ struct Level {
 const Level* levels(int* count) {
   static const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const Level all[] = {
-      {"avx512", avx2 && __builtin_cpu_supports("avx512f")}, {"avx2", avx2}, {"portable", true}};
-  *count = 3;
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  static const Level all[] = {{"avx512vnni", avx512 && __builtin_cpu_supports("avx512vnni")},
+                              {"avx512", avx512},
+                              {"avx2", avx2},
+                              {"portable", true}};
+  *count = 4;
   return all;
 }
 #else

@@ -45,7 +45,7 @@ def pack(weight: Tensor, format: str) -> PackedWeight:
     if format not in FORMATS:
         raise ValueError(f"weights {format!r}: use one of {', '.join(FORMATS)}")
     outputs, inputs = weight.shape
-    multiple = GROUP if format == "int4" else PER_WORD[format]
+    multiple = GROUP if format in ("int8", "int4") else PER_WORD[format]
     weight = torch.nn.functional.pad(
         weight.detach().to("cpu", torch.float32), (0, -inputs % multiple, 0, -outputs % PANEL)
     )
