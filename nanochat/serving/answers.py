@@ -202,13 +202,18 @@ class TextForm(Form):
             offsets.append(offset)
             offset += len(text)
         self.offsets[index] = offset
-        tops = [
-            {self.bytes_of(id).decode("utf-8", "replace"): finite(value) for id, value in token.top_logprobs}
-            for token in chosen
-        ]
+        tops = [{self._name(id): finite(value) for id, value in token.top_logprobs} for token in chosen]
         return {
-            "tokens": texts,
+            "tokens": [self._name(token.token) for token in chosen],
             "token_logprobs": [finite(token.logprob) for token in chosen],
             "top_logprobs": tops if self.top else None,
             "text_offset": offsets,
         }
+
+    def _name(self, token: int) -> str:
+        """The token as a text of its own, also when it is half a character: bytes:\\xe2\\x82, as OpenAI writes it."""
+        data = self.bytes_of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nanochat.errors import NanochatError
-from nanochat.inference.runner import WeightsName
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from nanochat.inference.runner import WeightsName
 
 STATS_EVERY = 0.25  # seconds, while there is work
 
@@ -64,7 +66,7 @@ class EngineSpec:
     device: str = "auto"
     dtype: str = "auto"
     kernels: str = "auto"
-    weights: WeightsName = "auto"
+    weights: "WeightsName" = "auto"
     max_batch: int = 64
     max_step_tokens: int = 512
     cache_bytes: int | None = None

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,8 @@ from nanochat.serving.app import AppConfig, create_app
 from nanochat.serving.guard import GuardConfig
 from nanochat.serving.metrics import Metrics
 from nanochat.serving.router import Limits, Router, numbered
+from nanochat.serving.worker import EngineSpec
+from tests.inference.conftest import random_model
 from tests.serving.fake_engine import FakeBuild, byte_tokenizer
 
 
@@ -73,6 +76,40 @@ def wait_until(condition: Any, seconds: float = 20.0) -> None:
 
 def all_ready(live: Live) -> None:
     wait_until(lambda: all(engine.info for engine in live.router.engines))
+
+
+@pytest.fixture(scope="package")
+def strict() -> Iterator[Live]:
+    """One with a key, a short time-out, little room and a talkative log."""
+    settings = {"guard": GuardConfig(api_key="s3cret"), "cors_origins": ("http://a.example",)}
+    limits = Limits(max_batch=1, max_queue=2, max_queued_tokens=500)
+    with live_server(limits=limits, request_timeout=2.0, log_prompts=True, **settings) as server:
+        all_ready(server)
+        yield server
+
+
+@pytest.fixture(scope="package")
+def model_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A base folder with a tiny random chat model and a tokenizer of bytes."""
+    from nanochat.model import checkpoint
+
+    home = tmp_path_factory.mktemp("served")
+    tokenizer, model = byte_tokenizer(), random_model()
+    tokenizer.save(home / "tokenizer")
+    meta = {"step": 3, "config": model.config.to_dict(), "tokenizer": tokenizer.fingerprint, "stage": "sft"}
+    checkpoint.save(home / "sft_checkpoints" / "tiny", 3, model.state_dict(), None, meta)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", str(home))
+        yield home
+
+
+@pytest.fixture(scope="package")
+def model_server(model_home: Path) -> Iterator[Live]:
+    """The real engine with that model."""
+    spec = EngineSpec(stage="sft", tag="tiny", device="cpu", kernels="torch", max_batch=8, threads=1)
+    with live_server(spec, limits=Limits(max_batch=8)) as server:
+        all_ready(server)
+        yield server
 
 
 @pytest.fixture(scope="package")

@@ -1,7 +1,7 @@
-"""An engine without a model: says what it was told to, at a pace that it was told, and keeps BatchEngine's interface.
+"""An engine without a model that keeps BatchEngine's interface: a token per request and step, counting words.
 
-A request's first tokens steer it: a prompt that contains "CRASH" kills the process at its first step, "HANG" stands
-still, "ODD" ends with an error. Otherwise the answer repeats the script, a token per step.
+A word in the prompt steers it: SLOW takes 20 ms for each step, TOOL answers with a call of the calculator, CRASH ends
+the process, HANG stands still, ODD ends the request with an error.
 """
 
 import os
@@ -11,11 +11,14 @@ from typing import Any
 
 from nanochat.errors import UsageError
 from nanochat.serving.worker import Info
-from nanochat.tokenizer import Tokenizer
+
+TOOL = (("text", "It is "), ("python", "6*"), ("python", "7"), ("output", "42"), ("text", "42."))
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer() -> Any:
     """Byte b is token b; the special tokens are 256 to 264."""
+    from nanochat.tokenizer import Tokenizer  # here, because it takes torch with it, which a worker need not wait for
+
     return Tokenizer.from_ranks({bytes([b]): b for b in range(256)})
 
 
@@ -31,6 +34,10 @@ class FakeOutput:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+def prompt_of(request: Any) -> bytes:
+    return bytes(token for token in request.tokens if token < 256)
+
+
 @dataclass
 class Going:
     request: Any
@@ -39,16 +46,15 @@ class Going:
 
 @dataclass
 class FakeEngine:
-    """`pieces` are (kind, text) of one answer; without them the answer counts words to max_tokens."""
+    """One token is one piece of text, whatever its id."""
 
-    pieces: tuple[tuple[str, str], ...] = ()
-    pause: float = 0.0
     context: int = 512
     max_batch: int = 4
     going: dict[str, Going] = field(default_factory=dict)
     waiting: list[Any] = field(default_factory=list)
     cancelled: int = 0
     steps: int = 0
+    error: str = "an odd request"
 
     def check(self, request: Any) -> None:
         if len(request.tokens) >= self.context:
@@ -75,19 +81,21 @@ class FakeEngine:
         while self.waiting and len(self.going) < self.max_batch:
             request = self.waiting.pop(0)
             self.going[request.id] = Going(request)
-        time.sleep(self.pause)
+        if any(b"SLOW" in prompt_of(going.request) for going in self.going.values()):
+            time.sleep(0.02)
         self.steps += 1
         return [self._next(going) for going in list(self.going.values())]
 
     def _next(self, going: Going) -> FakeOutput:
         request = going.request
-        prompt = bytes(token for token in request.tokens if token < 256)
+        prompt = prompt_of(request)
         if b"CRASH" in prompt:
             os._exit(9)
         if b"HANG" in prompt:
             time.sleep(3600)
         going.said += 1
-        pieces = self.pieces or tuple(("text", f"w{index} ") for index in range(request.params.max_tokens))
+        counted = tuple(("text", f"w{index} ") for index in range(request.params.max_tokens))
+        pieces = TOOL if b"TOOL" in prompt else counted
         kind, text = pieces[going.said - 1]
         last = going.said >= min(len(pieces), request.params.max_tokens)
         finish = None if not last else "length" if going.said >= request.params.max_tokens else "stop"
@@ -95,7 +103,7 @@ class FakeEngine:
             finish = "error"
         if finish:
             del self.going[request.id]
-        top = ((104, -0.5), (105, -1.5)) if getattr(request.params, "logprobs", None) else ()
+        top = ((104, -0.5), (105, -1.5)) if request.params.logprobs else ()
         return FakeOutput(request.id, 104, text, kind, kind == "output", finish, -0.5, top)
 
 
@@ -103,8 +111,6 @@ class FakeEngine:
 class FakeBuild:
     """Makes one in the worker's process."""
 
-    pieces: tuple[tuple[str, str], ...] = ()
-    pause: float = 0.0
     index: int = 0
     fails: str = ""
     chat: bool = True
@@ -112,5 +118,7 @@ class FakeBuild:
     def __call__(self) -> tuple[FakeEngine, Info]:
         if self.fails:
             raise UsageError(self.fails)
-        engine = FakeEngine(self.pieces, self.pause)
+        import nanochat.inference.batch_engine  # noqa: F401  (what the first request would have to wait for)
+
+        engine = FakeEngine()
         return engine, Info("fake", engine.context, 265, "none", self.chat, f"process {os.getpid()}")

@@ -5,10 +5,7 @@ import json
 import httpx
 import pytest
 
-from nanochat.serving.guard import GuardConfig
-from nanochat.serving.router import Limits
-from tests.serving.conftest import all_ready, live_server, wait_until
-from tests.serving.fake_engine import FakeBuild
+from tests.serving.conftest import wait_until
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 3}
 
@@ -60,28 +57,25 @@ def test_completions_of_texts_and_ids(live):
     assert answer["choices"][0]["text"] == "w0 w1 " and answer["usage"]["prompt_tokens"] == 2
 
 
-def test_calls_of_the_calculator_stand_beside_the_text():
-    pieces = (("text", "It is "), ("python", "6*"), ("python", "7"), ("output", "42"), ("text", "42."))
-    with live_server(FakeBuild(pieces)) as live:
-        all_ready(live)
-        message = live.client.post("/v1/chat/completions", json=HELLO | {"max_tokens": 9}).json()["choices"][0][
-            "message"
-        ]
-        parts = [
-            {"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"},
-            {"type": "python_output", "text": "42"}, {"type": "text", "text": "42."},
-        ]  # fmt: skip
-        assert message == {"role": "assistant", "content": "It is 42.", "parts": parts}
-        with live.client.stream("POST", "/v1/chat/completions", json=HELLO | {"max_tokens": 9, "stream": True}) as got:
-            deltas = [event["choices"][0]["delta"] for event in sse(got)]
-        assert "".join(delta.get("content", "") for delta in deltas) == "It is 42."
-        streamed = [delta["part"] for delta in deltas if "part" in delta]
-        assert "".join(part["text"] for part in streamed if part["type"] == "python") == "6*7"
-        # what the server said may be sent back as it came
-        turns = [HELLO["messages"][0], message | {"refusal": None}, {"role": "user", "content": "why?"}]
-        ids = live.client.post("/tokenize", json={"messages": turns}).json()["tokens"]
-        tokenizer_text = "".join(chr(id) if id < 256 else "|" for id in ids)
-        assert tokenizer_text == "||hello||It is |6*7||42|42.||why?||"
+def test_calls_of_the_calculator_stand_beside_the_text(live):
+    body = {"messages": [{"role": "user", "content": "TOOL"}], "max_tokens": 9}
+    message = live.client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    parts = [
+        {"type": "text", "text": "It is "},
+        {"type": "python", "text": "6*7"},
+        {"type": "python_output", "text": "42"},
+        {"type": "text", "text": "42."},
+    ]
+    assert message == {"role": "assistant", "content": "It is 42.", "parts": parts}
+    with live.client.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as response:
+        deltas = [event["choices"][0]["delta"] for event in sse(response)]
+    assert "".join(delta.get("content", "") for delta in deltas) == "It is 42."
+    streamed = [delta["part"] for delta in deltas if "part" in delta]
+    assert "".join(part["text"] for part in streamed if part["type"] == "python") == "6*7"
+    # what the server said may be sent back as it came
+    turns = [HELLO["messages"][0], message | {"refusal": None}, {"role": "user", "content": "why?"}]
+    ids = live.client.post("/tokenize", json={"messages": turns}).json()["tokens"]
+    assert "".join(chr(id) if id < 256 else "|" for id in ids) == "||hello||It is |6*7||42|42.||why?||"
 
 
 def test_facts(live):
@@ -191,86 +185,81 @@ def test_large_bodies_are_refused_while_they_are_read(live):
         assert "limit" in error_of(response)["message"]
 
 
-def test_a_key_is_asked_for_on_everything_but_health_and_the_page():
-    with live_server(guard=GuardConfig(api_key="s3cret"), cors_origins=("http://a.example",)) as live:
-        all_ready(live)
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic s3cret"},
-                        {"authorization": "Bearer \xff"}):  # fmt: skip
-            raw = {name: value.encode("latin-1") for name, value in headers.items()}
-            for method, path in (("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/v1/models"),
-                                 ("POST", "/tokenize"), ("GET", "/openapi.json"), ("GET", "/nothing")):  # fmt: skip
-                response = httpx.request(method, live.url + path, headers=raw)
-                assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"
-            for path in ("/health", "/ready", "/"):
-                assert httpx.get(live.url + path, headers=raw).status_code == 200
-        assert live.client.post("/v1/chat/completions", json=HELLO).status_code == 200
-        asks = {"origin": "http://a.example", "access-control-request-method": "POST"}
-        allowed = httpx.options(live.url + "/v1/models", headers=asks)
-        assert allowed.headers["access-control-allow-origin"] == "http://a.example"
+def test_a_key_is_asked_for_on_everything_but_health_and_the_page(strict):
+    wrong = (
+        {},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "Basic s3cret"},
+        {"authorization": b"Bearer \xff"},
+    )
+    for headers in wrong:
+        for method, path in (
+            ("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("GET", "/v1/models"), ("POST", "/tokenize"),
+            ("GET", "/openapi.json"), ("GET", "/nothing"),
+        ):  # fmt: skip
+            response = httpx.request(method, strict.url + path, headers=headers)
+            assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"
+        for path in ("/health", "/ready", "/"):
+            assert httpx.get(strict.url + path, headers=headers).status_code == 200
+    assert strict.client.post("/v1/chat/completions", json=HELLO).status_code == 200
 
 
-def test_other_origins_and_names_are_refused_by_default(live):
+def test_other_origins_and_names_are_refused_unless_asked_for(live, strict):
     asks = {"origin": "http://a.example", "access-control-request-method": "POST"}
     assert "access-control-allow-origin" not in httpx.options(live.url + "/v1/models", headers=asks).headers
+    allowed = httpx.options(strict.url + "/v1/models", headers=asks).headers
+    assert allowed["access-control-allow-origin"] == "http://a.example"
     assert live.client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
     assert live.client.get("/v1/models", headers={"host": "localhost:1"}).status_code == 200
 
 
-def test_too_much_is_refused_with_a_time_to_wait():
-    with live_server(FakeBuild(pause=0.05), limits=Limits(max_batch=1, max_queue=1)) as live:
-        all_ready(live)
-        streams = [live.client.stream("POST", "/v1/chat/completions", json=HELLO | {"max_tokens": 400, "stream": True})]
-        with streams[0]:
-            response = live.client.post("/v1/chat/completions", json=HELLO | {"n": 2})
-            assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
-            assert error_of(response)["code"] == "queue_full"
-    with live_server(FakeBuild(pause=0.05), limits=Limits(max_batch=4, max_queued_tokens=420)) as live:
-        all_ready(live)
-        with live.client.stream("POST", "/v1/chat/completions", json=HELLO | {"max_tokens": 400, "stream": True}):
-            assert live.client.post("/v1/chat/completions", json=HELLO | {"max_tokens": 20}).status_code == 429
-        wait_until(lambda: live.router.reserved == 0)
-        assert live.client.post("/v1/chat/completions", json=HELLO | {"max_tokens": 20}).status_code == 200
+SLOW = {"messages": [{"role": "user", "content": "SLOW"}], "max_tokens": 400}
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_stops_its_answer(stream):
-    with live_server(FakeBuild(pause=0.02)) as live:
-        all_ready(live)
-        body = HELLO | {"max_tokens": 400, "stream": stream, "n": 2}
-        with (
-            pytest.raises(httpx.ReadTimeout)
-            if not stream
-            else live.client.stream("POST", "/v1/chat/completions", json=body) as response
-        ):
-            if not stream:
-                live.client.post("/v1/chat/completions", json=body, timeout=0.3)
-            else:
-                next(response.iter_lines())
-        wait_until(lambda: live.router.in_flight == 0, 2)
-        wait_until(lambda: live.router.engines[0].stats.get("cancelled") == 2, 2)
-        assert live.router.engines[0].stats["steps"] < 100  # not 400
-        assert live.metric("nanochat_cancelled_total") == 2
+def test_too_much_is_refused_with_a_time_to_wait(strict):
+    with strict.client.stream("POST", "/v1/chat/completions", json=SLOW | {"stream": True}) as response:
+        lines = response.iter_lines()  # kept: httpx ends the stream when it is collected
+        next(lines)
+        for more in ({"n": 3}, {"max_tokens": 120}):  # too many answers, too many tokens
+            refused = strict.client.post("/v1/chat/completions", json=HELLO | more)
+            assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+            assert error_of(refused)["code"] == "queue_full"
+    wait_until(lambda: strict.router.reserved == 0)
+    assert strict.client.post("/v1/chat/completions", json=HELLO | {"max_tokens": 120}).status_code == 200
 
 
-def test_time_outs():
-    with live_server(FakeBuild(pause=0.05), request_timeout=0.4) as live:
-        all_ready(live)
-        slow = HELLO | {"max_tokens": 400}
-        response = live.client.post("/v1/chat/completions", json=slow)
-        assert response.status_code == 504 and error_of(response)["code"] == "timeout"
-        with live.client.stream("POST", "/v1/chat/completions", json=slow | {"stream": True}) as streamed:
-            last = [line for line in streamed.iter_lines() if line][-1]
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
-        wait_until(lambda: live.metric("nanochat_engine_running") == 0)
+def test_a_client_that_leaves_stops_its_answers(live):
+    before = sum(engine.stats.get("cancelled", 0) for engine in live.router.engines)
+    with live.client.stream("POST", "/v1/chat/completions", json=SLOW | {"stream": True, "n": 2}) as response:
+        next(response.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        live.client.post("/v1/chat/completions", json=SLOW, timeout=0.3)
+    # 400 steps would take 8 s
+    wait_until(lambda: live.router.in_flight == live.router.reserved == 0, 2)
+    wait_until(lambda: sum(engine.stats.get("cancelled", 0) for engine in live.router.engines) == before + 3, 2)
+    assert live.metric("nanochat_engine_running") == 0
 
 
-def test_no_prompt_reaches_the_log(caplog):
-    secret = [{"role": "user", "content": "the tulips are blue"}]
-    for log_prompts in (False, True):
+def test_time_outs(strict):
+    response = strict.client.post("/v1/chat/completions", json=SLOW)
+    assert response.status_code == 504 and error_of(response)["code"] == "timeout"
+    with strict.client.stream("POST", "/v1/chat/completions", json=SLOW | {"stream": True}) as streamed:
+        last = [line for line in streamed.iter_lines() if line][-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+    wait_until(lambda: strict.metric("nanochat_engine_running") == 0)
+
+
+def test_no_prompt_reaches_the_log_unless_asked_for(live, strict, caplog):
+    secret = HELLO | {"messages": [{"role": "user", "content": "the tulips are blue"}]}
+    for server, log_prompts in ((live, False), (strict, True)):
         caplog.clear()
-        with live_server(log_prompts=log_prompts) as live, caplog.at_level("DEBUG"):
-            all_ready(live)
-            live.client.post("/v1/chat/completions", json=HELLO | {"messages": secret})
-            live.client.post("/v1/chat/completions", json=HELLO | {"messages": secret, "tulips are blue": 1})
-        assert "POST '/v1/chat/completions' 200" in caplog.text
+        with caplog.at_level("DEBUG"):
+            assert server.client.post("/v1/chat/completions", json=secret).status_code == 200
+            assert server.client.post("/v1/chat/completions", json=secret | {"tulips are blue": 1}).status_code == 400
+            wait_until(lambda: "POST '/v1/chat/completions' 400" in caplog.text)
         assert ("tulips" in caplog.text) == log_prompts
+
+
+def test_an_engine_that_fails_a_request_says_so(live):
+    response = live.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "ODD"}]})
+    assert response.status_code == 503 and error_of(response)["code"] == "engine_error"
