@@ -23,7 +23,13 @@ _NAMES = (
     "orthogonalize",
     "muon_update",
     "adamw_update",
+    "fp8_quantize",
+    "fp8_rms_norm",
     "fp8_linear",
+    "fp8_norm_qkv",
+    "smeared_embedding",
+    "paged_qkv",
+    "thin_linear",
     "sample",
 )
 

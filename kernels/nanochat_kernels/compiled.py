@@ -1,8 +1,8 @@
 """What the compiler makes of every Triton kernel, known without a GPU: `verify --compile sm_90`.
 
 Each kernel is compiled ahead of time in the configurations in which the model launches it, and the binary is read:
-registers per thread, bytes spilled to memory, shared memory, tensor-core instructions (HGMMA), bulk-copy instructions
-(UBLK, UTMA) and the widest global access in bits. allowances.json records what was seen and accepted; more registers,
+registers per thread, bytes spilled to memory, shared memory, tensor-core instructions (HGMMA, in FP8 QGMMA), bulk-copy
+instructions (UBLK, UTMA) and the widest global access in bits. allowances.json records what was seen and accepted; more registers,
 spills or shared memory than that, or narrower accesses, are red. After a deliberate change: `verify --compile sm_90
 --record`.
 """
@@ -18,7 +18,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-MODULES = ("rms_norm_triton", "rope_qk_norm_triton", "linear_softcap_cross_entropy_triton", "relu2_mlp_triton")
+MODULES = (
+    "rms_norm_triton",
+    "rope_qk_norm_triton",
+    "linear_softcap_cross_entropy_triton",
+    "relu2_mlp_triton",
+    "fp8_quantize_triton",
+)
 ALLOWANCES = Path(__file__).with_name("allowances.json")
 AT_MOST = ("registers", "spill_bytes", "shared_bytes")
 AT_LEAST = ("tensor_core", "widest_access")
@@ -84,7 +90,7 @@ def compile_for(build: Build, capability: int) -> Facts:
         registers=int(resources["REG"]),
         spill_bytes=int(resources["STACK"]) + int(resources["LOCAL"]),
         shared_bytes=int(compiled.metadata.shared),
-        tensor_core=code.count("HGMMA"),
+        tensor_core=len(re.findall("[HQ]GMMA", code)),
         bulk_copy=len(re.findall(r"UBLK|UTMA", code)),
         widest_access=max(widths, default=0),
     )
