@@ -1,7 +1,7 @@
 """An engine without a model that keeps BatchEngine's interface: a token per request and step, counting words.
 
-A word in the prompt steers it: SLOW takes 20 ms for each step, TOOL answers with a call of the calculator, CRASH ends
-the process, HANG stands still, ODD ends the request with an error.
+A word in the prompt steers it: SLOW takes 20 ms for each step, TOOL answers with a call of the calculator, ECHO:
+repeats what follows it, CRASH ends the process, HANG stands still, ODD ends the request with an error.
 """
 
 import os
@@ -48,7 +48,7 @@ class Going:
 class FakeEngine:
     """One token is one piece of text, whatever its id."""
 
-    context: int = 512
+    context: int = 2048
     max_batch: int = 4
     going: dict[str, Going] = field(default_factory=dict)
     waiting: list[Any] = field(default_factory=list)
@@ -96,6 +96,9 @@ class FakeEngine:
         going.said += 1
         counted = tuple(("text", f"w{index} ") for index in range(request.params.max_tokens))
         pieces = TOOL if b"TOOL" in prompt else counted
+        if (at := prompt.rfind(b"ECHO:")) >= 0:
+            echo = prompt[at + 5 :].decode()
+            pieces = tuple(("text", echo[start : start + 7]) for start in range(0, len(echo), 7))
         kind, text = pieces[going.said - 1]
         last = going.said >= min(len(pieces), request.params.max_tokens)
         finish = None if not last else "length" if going.said >= request.params.max_tokens else "stop"

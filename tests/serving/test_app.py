@@ -82,11 +82,11 @@ def test_facts(live):
     assert live.client.get("/health").json() == {"status": "ok"}
     assert live.client.get("/ready").json() == {"ready": True, "engines": 2, "of": 2, "draining": False}
     (model,) = live.client.get("/v1/models").json()["data"]
-    assert model["id"] == "nanochat" and model["context"] == 512
+    assert model["id"] == "nanochat" and model["context"] == 2048
     assert live.client.get("/v1/models/nanochat").json() == model
     assert live.client.get("/v1/models/other").status_code == 404
     assert live.client.post("/tokenize", json={"prompt": "hi"}).json() == {
-        "tokens": [256, 104, 105], "count": 3, "context": 512,
+        "tokens": [256, 104, 105], "count": 3, "context": 2048,
     }  # fmt: skip
     page = live.client.get("/")
     assert "script-src 'sha256-" in page.headers["content-security-policy"]
@@ -123,7 +123,7 @@ REFUSED = [
         (b'"seed": 1.5', 400),
         (b'"max_tokens": 0', 400),
         (b'"max_tokens": 100000000000000000000', 400),
-        (b'"max_tokens": 600', 400),
+        (b'"max_tokens": 2600', 400),
         (b'"n": 1000', 400),
         (b'"top_k": 18446744073709551616', 400),
         (b'"top_p": 0', 400),
@@ -160,9 +160,9 @@ def test_messages_of_errors_help(live):
     assert complaint(logit_bias={})["message"].startswith("unknown field 'logit_bias'")
     assert complaint(logit_bias={})["param"] == "logit_bias"
     assert complaint(temperature=-1)["message"].startswith("temperature: ")
-    long = [{"role": "user", "content": "x" * 600}]
+    long = [{"role": "user", "content": "x" * 2600}]
     assert complaint(messages=long)["code"] == "context_length_exceeded"
-    assert complaint(max_tokens=510)["code"] == "context_length_exceeded"
+    assert complaint(max_tokens=2045)["code"] == "context_length_exceeded"
     assert "take turns" in complaint(messages=HELLO["messages"] * 2)["message"]
     assert error_of(live.client.get("/nowhere"))["type"] == "not_found_error"
     assert live.client.get("/v1/chat/completions").status_code == 405
