@@ -2,9 +2,9 @@
 
 Each kernel is compiled ahead of time in the configurations in which the model launches it, and the binary is read:
 registers per thread, bytes spilled to memory, shared memory, tensor-core instructions (HGMMA, in FP8 QGMMA), bulk-copy
-instructions (UBLK, UTMA) and the widest global access in bits. allowances.json records what was seen and accepted; more registers,
-spills or shared memory than that, or narrower accesses, are red. After a deliberate change: `verify --compile sm_90
---record`.
+instructions (UBLK, UTMA) and the widest global access in bits. allowances.json records what was seen and accepted; more
+registers, spills or shared memory than that, or narrower accesses, are red. After a deliberate change: `verify
+--compile sm_90 --record`.
 """
 
 from __future__ import annotations
