@@ -75,6 +75,8 @@ COMMANDS: dict[str, Command] = {
                 "nanochat_kernels.verify", "VerifyConfig", "main"),
         Command("bench", "Kernels", "measure kernels, training, inference and more; compare and report",
                 "nanochat.measure.bench_command"),
+        Command("profile", "Kernels", "where the time of a step goes, by kernel and by op, beside the ceilings",
+                "nanochat.measure.profile", "ProfileConfig"),
         Command("doctor", "Machine", "what this machine offers, what is missing and how to get it",
                 "nanochat.doctor", "DoctorConfig"),
     )
