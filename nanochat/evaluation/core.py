@@ -10,9 +10,9 @@ Only the span that differs is scored: what follows the common prefix of the choi
 centered = (accuracy − baseline)/(1 − baseline), so that guessing is worth 0. What the bundle on disk lacks is listed,
 and the mean is over the tasks that are there.
 
-Cost: a question's shots are most of its tokens and the same in all its rows, so they are computed once, and the rows go
-on from copies of that cache; the head, the largest matrix, sees the scored positions alone. Batches are padded on the
-right.
+Cost: a question's shots are most of its tokens and the same in all its rows, so they are computed once, also when
+another question of the batch begins the same way, and the rows go on from copies of that cache; the head, the largest
+matrix, sees the scored positions alone. Batches are padded on the right.
 """
 
 import csv
@@ -36,7 +36,7 @@ from nanochat.tokenizer import Tokenizer
 
 SHUFFLE_SEED = 1337
 SHOTS_SEED = 1234  # + the example's index
-MIN_SHARED = 32  # tokens that rows must have in common for a pass of their own
+MIN_SHARED = 8  # tokens that rows must have in common for a pass of their own
 SCORED_AT_ONCE = 4096  # positions for which logits are held at the same time
 
 Example = dict[str, Any]
@@ -246,11 +246,14 @@ def _hidden(model: GPT, prompts: Sequence[Prompt]) -> Tensor:
     ids, _ = padded([row[prompt.shared :] for prompt in prompts for row in prompt.rows], device)
     if not prompts[0].shared:
         return model.hidden(ids)
-    fronts, lengths = padded([prompt.rows[0][: prompt.shared] for prompt in prompts], device)
-    cache = KVCache(model.config, len(prompts), fronts.size(1) + ids.size(1), device, model.dtype)
-    model.hidden(fronts, cache)
-    cache.advance(fronts, lengths)
-    return model.hidden(ids, cache.select([i for i, prompt in enumerate(prompts) for _ in prompt.rows]))
+    fronts = [tuple(prompt.rows[0][: prompt.shared]) for prompt in prompts]
+    numbers = {front: number for number, front in enumerate(dict.fromkeys(fronts))}  # some examples have the same
+    front_ids, lengths = padded(list(numbers), device)
+    cache = KVCache(model.config, len(numbers), front_ids.size(1) + ids.size(1), device, model.dtype)
+    model.hidden(front_ids, cache)
+    cache.advance(front_ids, lengths)
+    rows = [numbers[front] for front, prompt in zip(fronts, prompts, strict=True) for _ in prompt.rows]
+    return model.hidden(ids, cache.select(rows))
 
 
 def _score_positions(model: GPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

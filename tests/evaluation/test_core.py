@@ -85,7 +85,21 @@ def random_prompts():
         prompts.append(Prompt(rows, [(len(front), len(row)) for row in rows]))
     tail = tokens(6)
     rows = [[256, *tokens(50), *middle, *tail] for middle in ([1], [2, 3, 4])]
+    twin = [[*row[:-1], 7, 8] for row in prompts[3].rows]  # another question behind the same shots
+    prompts.append(Prompt(twin, [(start, len(row)) for (start, _), row in zip(prompts[3].spans, twin, strict=True)]))
     return [*prompts, Prompt(rows, [(len(row) - 6, len(row)) for row in rows])]
+
+
+def test_examples_that_begin_alike_are_computed_once(model):
+    prompts = random_prompts()
+    twins = [prompts[3], prompts[8]]
+    assert twins[0].shared == twins[1].shared > 80
+    calls = []
+    handle = model.wte.register_forward_hook(lambda module, inputs, _: calls.append(tuple(inputs[0].shape)))
+    with torch.inference_mode():
+        core.score(model, twins)
+    handle.remove()
+    assert calls[0] == (1, twins[0].shared), "one front for both"
 
 
 def test_scores_equal_the_plain_definition_shared_or_not(model):
