@@ -18,7 +18,7 @@ namespace {
 struct V {
   using F = __m256;
   using I = __m256i;
-  static constexpr int lanes = 8, rows = 3;
+  static constexpr int lanes = 8, rows = 3, integer_rows = 2;
   static F zero() { return _mm256_setzero_ps(); }
   static F set(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }

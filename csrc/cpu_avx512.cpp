@@ -32,7 +32,7 @@ namespace {
 struct V {
   using F = __m512;
   using I = __m512i;
-  static constexpr int lanes = 16, rows = 6;
+  static constexpr int lanes = 16, rows = 6, integer_rows = 6;
   static F zero() { return _mm512_setzero_ps(); }
   static F set(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }

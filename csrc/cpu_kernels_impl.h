@@ -1,8 +1,10 @@
 // The kernels, written once over a vector type V that each level's file defines before it includes this one.
-// V: F floats and I 32-bit words of `lanes` lanes; `rows` is how many rows of a product fit into its registers.
+// V: F floats and I 32-bit words of `lanes` lanes; `rows` and `integer_rows`: how many rows of a float or an integer
+// product fit into its registers.
 // Everything here has internal linkage (an unnamed namespace around the include): code made for one level stays there.
 
 #define NANOCHAT_INLINE inline __attribute__((always_inline))
+#define NANOCHAT_APART __attribute__((noinline))  // inlined, a loop's sums lose their registers to what surrounds it
 
 constexpr int kVecs = static_cast<int>(kPanel) / V::lanes;
 
@@ -13,8 +15,8 @@ NANOCHAT_INLINE void unroll(Body&& body) {
   }(std::make_integer_sequence<int, N>{});
 }
 
-// What a word holds. fp32 and bf16: at<i> is weight i of every lane as floats. int8 and int4: at<i> is the pair of weights
-// (i, i + per_word/2) as the two 16-bit halves of every lane, ready for a dot product with two inputs.
+// What a word holds. fp32 and bf16: at<i> is weight i of every lane as floats. int8 and int4: at<i> is the pair of
+// weights (i, i + per_word/2) as the two 16-bit halves of every lane, ready for a dot product with two inputs.
 template <Format format>
 struct Code;
 template <>
@@ -91,7 +93,7 @@ NANOCHAT_INLINE V::F finish(V::F y, Epilogue epilogue, float softcap) {
 // The inputs of integer products: 16-bit numbers times a scale per row and group, whose error of 1/65534 of the group's
 // largest input is far below what the weights' own rounding does. 16 bits times 8, over a group, cannot overflow 32.
 struct Inputs {
-  const uint32_t* words;  // (rows, inputs/2), pairs in the order in which weights come out of their words
+  const uint32_t* words;       // (rows, inputs/2), pairs in the order in which weights come out of their words
   const float *scales, *sums;  // (rows, groups); sums: of the rounded inputs, scaled
   int64_t groups;
 };
@@ -128,8 +130,8 @@ NANOCHAT_INLINE void quantize_group(const float* x, int per, uint32_t* words, fl
   for (int64_t k = 0; k < kGroup; ++k) total += codes[k];
   for (int64_t k = 0; k < kGroup; k += per)
     for (int i = 0; i < per / 2; ++i)
-      words[k / 2 + i] = (static_cast<uint32_t>(codes[k + i]) & 0xffffu) |
-                         (static_cast<uint32_t>(codes[k + i + per / 2]) << 16);
+      words[k / 2 + i] =
+          (static_cast<uint32_t>(codes[k + i]) & 0xffffu) | (static_cast<uint32_t>(codes[k + i + per / 2]) << 16);
   *scale = step;
   *sum = step * static_cast<float>(total);
 }
@@ -183,7 +185,7 @@ template <int R>
 constexpr int kTogether = R == 1 && kVecs >= 4 ? 4 : kVecs / 2;
 
 template <Format format, int R, int P>
-void direct(const LinearArgs& a, int64_t panel, const Inputs&) {
+NANOCHAT_APART void direct(const LinearArgs& a, int64_t panel, const Inputs&) {
   using C = Code<format>;
   constexpr int per = C::per_word, vecs = P * kVecs, together = kTogether<R>;
   float* y = a.y + panel * kPanel;
@@ -210,14 +212,12 @@ void direct(const LinearArgs& a, int64_t panel, const Inputs&) {
     });
   }
   unroll<vecs>([&](auto v) {
-    unroll<R>([&](auto r) {
-      V::store(y + r * a.y_stride + v * V::lanes, finish(acc[r][v], a.epilogue, a.softcap));
-    });
+    unroll<R>([&](auto r) { V::store(y + r * a.y_stride + v * V::lanes, finish(acc[r][v], a.epilogue, a.softcap)); });
   });
 }
 
 template <Format format, int R, int P>
-void direct_integer(const LinearArgs& a, int64_t panel, const Inputs& x) {
+NANOCHAT_APART void direct_integer(const LinearArgs& a, int64_t panel, const Inputs& x) {
   using C = Code<format>;
   constexpr int per = C::per_word, vecs = P * kVecs, together = kTogether<R>;
   float* y = a.y + panel * kPanel;
@@ -256,8 +256,8 @@ void direct_integer(const LinearArgs& a, int64_t panel, const Inputs& x) {
 
 // R rows times one panel whose weights [begin, end) lie decoded in `decoded`; y carries the sums from span to span.
 template <Format format, int R>
-void blocked(const LinearArgs& a, const Tile&, const float* decoded, const Inputs&, int64_t panel, int64_t row,
-             int64_t begin, int64_t end) {
+NANOCHAT_APART void blocked(const LinearArgs& a, const Tile&, const float* decoded, const Inputs&, int64_t panel,
+                            int64_t row, int64_t begin, int64_t end) {
   const float* x = a.x + row * a.x_stride;
   float* y = a.y + row * a.y_stride + panel * kPanel;
   V::F acc[R][kVecs];
@@ -281,8 +281,8 @@ void blocked(const LinearArgs& a, const Tile&, const float* decoded, const Input
 }
 
 template <Format format, int R>
-void blocked_integer(const LinearArgs& a, const Tile& tile, const float* decoded, const Inputs& x, int64_t panel,
-                     int64_t row, int64_t begin, int64_t end) {
+NANOCHAT_APART void blocked_integer(const LinearArgs& a, const Tile& tile, const float* decoded, const Inputs& x,
+                                    int64_t panel, int64_t row, int64_t begin, int64_t end) {
   const int64_t stride = a.weight.inputs / 2;
   float* y = a.y + row * a.y_stride + panel * kPanel;
   const uint32_t* weights = reinterpret_cast<const uint32_t*>(decoded);
@@ -313,9 +313,8 @@ void decode(const Tile& tile, int64_t begin, int64_t end, float* decoded) {
   for (int64_t block = begin / per; block < end / per; ++block, decoded += parts * kPanel) {
     unroll<kVecs>([&](auto v) {
       const V::I word = V::words(tile.words + block * kPanel + v * V::lanes);
-      unroll<parts>([&](auto i) {
-        V::store_any(decoded + i * kPanel + v * V::lanes, Code<format>::template at<i>(word));
-      });
+      unroll<parts>(
+          [&](auto i) { V::store_any(decoded + i * kPanel + v * V::lanes, Code<format>::template at<i>(word)); });
     });
   }
 }
@@ -330,26 +329,33 @@ NANOCHAT_INLINE void with_rows(int64_t rows, Body&& body) {
 template <Format format>
 void linear_many(const LinearArgs& a, int64_t begin, int64_t end, float* decoded, const Inputs& x) {
   constexpr int64_t span = is_integer(format) ? 2 * kDecode : kDecode;  // pairs take the room of one float
+  constexpr int most = is_integer(format) ? V::integer_rows : V::rows;
   const int64_t inputs = a.weight.inputs;
   for (int64_t panel = begin; panel < end; ++panel) {
     const Tile tile = tile_of<format>(a.weight, panel);
     for (int64_t k = 0; k < inputs; k += span) {
       const int64_t stop = k + span < inputs ? k + span : inputs;
       decode<format>(tile, k, stop, decoded);
-      for (int64_t row = 0; row < a.rows;)
-        with_rows<V::rows>(a.rows - row, [&](auto r) {
-          if constexpr (is_integer(format)) blocked_integer<format, r>(a, tile, decoded, x, panel, row, k, stop);
-          else blocked<format, r>(a, tile, decoded, x, panel, row, k, stop);
+      for (int64_t row = 0; row < a.rows;) {
+        const int64_t left = a.rows - row, even = left == most + 1 ? (left + 1) / 2 : left;  // no single row at the end
+        with_rows<most>(even, [&](auto r) {
+          if constexpr (is_integer(format))
+            blocked_integer<format, r>(a, tile, decoded, x, panel, row, k, stop);
+          else
+            blocked<format, r>(a, tile, decoded, x, panel, row, k, stop);
           row += r;
         });
+      }
     }
   }
 }
 
 template <Format format, int R, int P>
 NANOCHAT_INLINE void few(const LinearArgs& a, int64_t panel, const Inputs& x) {
-  if constexpr (is_integer(format)) direct_integer<format, R, P>(a, panel, x);
-  else direct<format, R, P>(a, panel, x);
+  if constexpr (is_integer(format))
+    direct_integer<format, R, P>(a, panel, x);
+  else
+    direct<format, R, P>(a, panel, x);
 }
 
 template <Format format>

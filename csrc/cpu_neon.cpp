@@ -12,7 +12,7 @@ namespace {
 struct V {
   using F = float32x4_t;
   using I = uint32x4_t;
-  static constexpr int lanes = 4, rows = 2;
+  static constexpr int lanes = 4, rows = 2, integer_rows = 2;
   static F zero() { return vdupq_n_f32(0.0f); }
   static F set(float x) { return vdupq_n_f32(x); }
   static F load(const float* p) { return vld1q_f32(p); }
@@ -54,8 +54,10 @@ struct V {
   }
   template <int n>
   static I shr16(I w) {
-    if constexpr (n == 0) return w;  // the instruction has no shift by nothing
-    else return vreinterpretq_u32_u16(vshrq_n_u16(vreinterpretq_u16_u32(w), n));
+    if constexpr (n == 0)
+      return w;  // the instruction has no shift by nothing
+    else
+      return vreinterpretq_u32_u16(vshrq_n_u16(vreinterpretq_u16_u32(w), n));
   }
   template <int n>
   static I sar16(I w) {

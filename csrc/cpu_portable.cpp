@@ -21,7 +21,7 @@ struct V {
   typedef int32_t S __attribute__((vector_size(16)));
   typedef uint16_t H __attribute__((vector_size(16)));
   typedef int16_t T __attribute__((vector_size(16)));
-  static constexpr int lanes = 4, rows = 2;
+  static constexpr int lanes = 4, rows = 2, integer_rows = 2;
   static F zero() { return set(0.0f); }
   static F set(float x) { return F{x, x, x, x}; }
   static F load(const float* p) {

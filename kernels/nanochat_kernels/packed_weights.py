@@ -22,7 +22,7 @@ PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
 PANEL = 32
 GROUP = 64
 RANGES = (1.0, 0.92, 0.84)  # shares of a group's range that int4 tries
-ROWS = 256  # outputs quantized at a time: their copies stay in a core's cache
+ROWS = 64  # outputs quantized at a time: their copies stay in a core's cache
 
 
 @dataclass(frozen=True)
