@@ -12,9 +12,10 @@ Ways, `orthogonalize_triton` picks one per shape:
     symmetric   as above
     gram        the short side only: from R = XXᵀ the next Gram matrix is QRQ with Q = aI + bR + cR², a polynomial of R,
                 so X itself is needed before and after a few steps, not in each. For long = 4·short a third of the work
-                goes (counted below). Errors of R that a 16-bit product leaves in directions with small singular values
-                would be amplified from step to step, negative ones without bound: so R is formed anew from X every
-                RESTART steps, and QRQ is kept in float32 between its products.
+                goes (`products` counts). Errors that a 16-bit product leaves in directions of small singular values
+                are amplified from step to step, negative ones without bound: in bf16 five steps in a row end 10² to
+                10⁵ off on ill-conditioned matrices, three do on some, two are as exact as the other ways. So R is
+                formed anew from X every RESTART = 2 steps.
 
 The pick is a measured entry of autotune.py's table; before there is one, `default_way`, unproven.
 """
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from nanochat_kernels import autotune
 from nanochat_kernels.compiled import Build
-from nanochat_kernels.orthogonalize import COEFFICIENTS, orthogonalize_blas
+from nanochat_kernels.orthogonalize import COEFFICIENTS, iterate_blas
 from nanochat_kernels.triton_support import interpreted
 
 RESTART = 2
@@ -120,28 +121,21 @@ def _plain_product(
     return product.to(dtype or x.dtype)
 
 
-def _normalized(x: Tensor) -> tuple[Tensor, bool]:
-    """X in (K, short, long), scaled to a spectral norm below 1; whether it was transposed for that."""
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) * 1.01 + 1e-6).to(x.dtype)
+def iterate_symmetric(x: Tensor, steps: int = 5) -> Tensor:
+    """Three products a step, two of them halved, on normalized (K, m, n)."""
     tall = x.size(-2) > x.size(-1)
-    return (x.mT if tall else x), tall
-
-
-def orthogonalize_symmetric(x: Tensor, steps: int = 5) -> Tensor:
-    """Three products a step, two of them halved. (K, m, n) or (m, n)."""
-    shape = x.shape
-    x, tall = _normalized(x.reshape(-1, *shape[-2:]))
+    x = x.mT if tall else x
     for a, b, c in COEFFICIENTS[:steps]:
         gram = symmetric_product(x)
         polynomial = symmetric_product(gram, gram, c, b)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x.mT if tall else x).reshape(shape)
+    return x.mT if tall else x
 
 
-def orthogonalize_gram(x: Tensor, steps: int = 5, product: Callable[..., Tensor] = symmetric_product) -> Tensor:
-    """Products of the short side between two of X every RESTART steps. (K, m, n) or (m, n)."""
-    shape = x.shape
-    x, tall = _normalized(x.reshape(-1, *shape[-2:]))
+def iterate_gram(x: Tensor, steps: int = 5, product: Callable[..., Tensor] = symmetric_product) -> Tensor:
+    """Products of the short side between two of X every RESTART steps, on normalized (K, m, n)."""
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
     for start in range(0, steps, RESTART):
         gram = product(x)
         coefficients = COEFFICIENTS[start : min(start + RESTART, steps)]
@@ -150,12 +144,12 @@ def orthogonalize_gram(x: Tensor, steps: int = 5, product: Callable[..., Tensor]
             q = product(gram, gram, c, b, torch.float32)
             q.diagonal(dim1=-2, dim2=-1).add_(a)
             q = q.to(x.dtype)
-            if i + 1 < len(coefficients):  # both are polynomials of one matrix: products in any order, all symmetric
+            if i + 1 < len(coefficients):
                 gram = torch.bmm(torch.bmm(q, gram), q)
             whole = q if whole is None else torch.bmm(q, whole)
         assert whole is not None
         x = torch.bmm(whole, x)
-    return (x.mT if tall else x).reshape(shape)
+    return x.mT if tall else x
 
 
 @dataclass(frozen=True)
@@ -166,9 +160,9 @@ class Way:
 
 
 WAYS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "blas": orthogonalize_blas,
-    "symmetric": orthogonalize_symmetric,
-    "gram": orthogonalize_gram,
+    "blas": iterate_blas,
+    "symmetric": iterate_symmetric,
+    "gram": iterate_gram,
 }
 
 
@@ -192,10 +186,18 @@ def products(way: str, short: int, long: int, steps: int = 5) -> float:
 
 def orthogonalize_triton(x: Tensor, steps: int = 5) -> Tensor:
     """As the reference, by the way that was measured fastest for this shape on this machine."""
-    short, long = sorted(x.shape[-2:])
-    first = default_way(short, long)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    return iterate(x / (norm * 1.01 + 1e-6).to(x.dtype), steps).reshape(shape)
+
+
+def iterate(x: Tensor, steps: int = 5) -> Tensor:
+    """The steps alone, on normalized (K, m, n), by the way picked for its shape."""
+    count, m, n = x.shape
+    first = default_way(min(m, n), max(m, n))
     ways = [Way(first), *(Way(name) for name in WAYS if name != first)]
-    key = f"{x.dtype} {x.numel() // (short * long)}x{x.size(-2)}x{x.size(-1)}"
+    key = f"{x.dtype} {count}x{m}x{n}"
     way = autotune.choose("orthogonalize", key, ways, lambda way: WAYS[way.way](x, steps), x.device)
     return WAYS[way.way](x, steps)
 
