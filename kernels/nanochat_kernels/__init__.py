@@ -27,6 +27,7 @@ _NAMES = (
     "fp8_rms_norm",
     "fp8_linear",
     "fp8_norm_qkv",
+    "fp8_norm_mlp",
     "smeared_embedding",
     "paged_qkv",
     "thin_linear",

@@ -24,6 +24,7 @@ MODULES = (
     "linear_softcap_cross_entropy_triton",
     "relu2_mlp_triton",
     "fp8_quantize_triton",
+    "fp8_norm_mlp_triton",
 )
 ALLOWANCES = Path(__file__).with_name("allowances.json")
 AT_MOST = ("registers", "spill_bytes", "shared_bytes")

@@ -48,7 +48,7 @@ class Tiles:
 
 
 @triton.jit
-def _load_tile(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+def load_tile(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
     """Tile (ROWS, COLUMNS) at (row, column) of a row-major matrix, zero beyond its edges."""
     if TMA:
         return source.load([row, column])
@@ -60,7 +60,7 @@ def _load_tile(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _store_tile(target, tile, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+def store_tile(target, tile, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
     if TMA:
         target.store([row, column], tile)
     else:
@@ -71,7 +71,7 @@ def _store_tile(target, tile, row, column, rows, columns, ROWS: tl.constexpr, CO
 
 
 @triton.jit
-def _tile_at(number, row_tiles, column_tiles, GROUP: tl.constexpr):
+def tile_at(number, row_tiles, column_tiles, GROUP: tl.constexpr):
     """(row, column) of tile `number`: bands of GROUP rows of tiles, each band walked column by column."""
     band = GROUP * column_tiles
     first = number // band * GROUP
@@ -90,16 +90,16 @@ def _relu2_kernel(
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(columns, COLUMNS)
     for number in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=True):
-        tile_row, tile_column = _tile_at(number, row_tiles, column_tiles, GROUP)
+        tile_row, tile_column = tile_at(number, row_tiles, column_tiles, GROUP)
         row = tile_row * ROWS
         column = tile_column * COLUMNS
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, depth, DEPTH):
-            left = _load_tile(a, row, k, rows, depth, ROWS, DEPTH, TMA)
+            left = load_tile(a, row, k, rows, depth, ROWS, DEPTH, TMA)
             if BACKWARD:
-                right = _load_tile(b, k, column, depth, columns, DEPTH, COLUMNS, TMA)
+                right = load_tile(b, k, column, depth, columns, DEPTH, COLUMNS, TMA)
             else:
-                right = _load_tile(b, column, k, columns, depth, COLUMNS, DEPTH, TMA).T
+                right = load_tile(b, column, k, columns, depth, COLUMNS, DEPTH, TMA).T
             total = tl.dot(left, right, total, input_precision="ieee")
         # The epilogue works on halves of the tile: the staging memory it saves is a further stage of the pipeline.
         half: tl.constexpr = COLUMNS // 2
@@ -108,12 +108,12 @@ def _relu2_kernel(
             part = parts[i]
             at = column + i * half
             if BACKWARD:
-                root = tl.sqrt(_load_tile(kept, row, at, rows, columns, ROWS, half, TMA).to(tl.float32))
+                root = tl.sqrt(load_tile(kept, row, at, rows, columns, ROWS, half, TMA).to(tl.float32))
                 part = 2.0 * root * part
             else:
                 part = tl.maximum(part, 0.0)
                 part = part * part
-            _store_tile(out, part.to(DTYPE), row, at, rows, columns, ROWS, half, TMA)
+            store_tile(out, part.to(DTYPE), row, at, rows, columns, ROWS, half, TMA)
 
 
 BAND = 8  # rows of tiles that are visited together

@@ -37,7 +37,8 @@ def test_every_op_of_the_pipeline_is_declared():
     assert list(OPS) == [
         "rms_norm", "rope_qk_norm", "attention", "cached_attention", "paged_attention", "relu2_mlp",
         "linear_softcap_cross_entropy", "softcapped_logits", "orthogonalize", "muon_update", "adamw_update",
-        "fp8_quantize", "fp8_rms_norm", "fp8_linear", "fp8_norm_qkv", "sample",
+        "fp8_quantize", "fp8_rms_norm", "fp8_linear", "fp8_norm_qkv", "fp8_norm_mlp", "smeared_embedding", "paged_qkv",
+        "thin_linear", "sample",
     ]  # fmt: skip
 
 
