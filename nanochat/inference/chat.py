@@ -1,14 +1,16 @@
 """`nanochat chat`: talk to a model in the terminal, one answer with -p, or a question from a pipe.
 
-The answer streams as it is generated. Calls of the calculator are shown as such: [12*12 → 144]. Without a terminal
-there are no colors, no prompt and no line editing, so it works in scripts and over any ssh.
+It is the serving engine with one user: an answer streams as it is generated, and a next question finds the conversation
+so far in the cache, so that only what is new is read. Calls of the calculator are shown as such: [12*12 → 144]. Without
+a terminal there are no colors, no prompt and no line editing; with one, no more than plain text, colors and readline,
+so that it works over any ssh.
 """
 
 import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -20,13 +22,16 @@ from rich.text import Text
 from nanochat import runtime
 from nanochat.chat_format import render_prompt
 from nanochat.errors import NanochatError, UsageError
-from nanochat.inference.engine import Engine
+from nanochat.inference.batch_engine import BatchConfig, BatchEngine, Output, Request
 from nanochat.inference.loading import StageName, load
-from nanochat.inference.row import Event, Kind, parts_of
+from nanochat.inference.row import Kind, parts_of
+from nanochat.inference.runner import WeightsName, make_runner
 from nanochat.inference.sampling import SamplingParams
 from nanochat.runtime import DeviceName, DtypeName
 
 ANSWER_ROOM = 4  # at least a quarter of the context is kept free for the answer
+# What a terminal would obey rather than show: a model's answer is text and nothing more.
+CONTROLS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class ChatConfig:
     """Compute dtype; auto takes bfloat16 where the GPU has it."""
     kernels: str = "auto"
     """auto, torch, fused, or op=backend,..."""
+    weights: WeightsName = "auto"
+    """Precision of the weights in memory; auto takes the compute dtype."""
 
     def sampling(self) -> SamplingParams:
         return SamplingParams(
@@ -86,7 +93,7 @@ class Printer:
         self.kind: Kind = "text"
         self.arrow = " → " if console.encoding.lower().startswith("utf") else " -> "
 
-    def show(self, event: Event) -> None:
+    def show(self, event: Output) -> None:
         if not event.text:
             return
         if event.kind != self.kind:
@@ -102,18 +109,32 @@ class Printer:
 
     def _write(self, text: str, style: str) -> None:
         if self.console.is_terminal:
-            self.console.print(Text(text, style), end="", soft_wrap=True)
+            self.console.print(Text(text.translate(CONTROLS), style), end="", soft_wrap=True)
         else:
             self.console.file.write(text)
         self.console.file.flush()
+
+
+def stream(engine: BatchEngine, prompt: Sequence[int], params: SamplingParams) -> Generator[Output, None, None]:
+    """One answer, token by token. Whoever stops listening gives it up. NanochatError when a step fails."""
+    engine.add(Request("chat", tuple(prompt), params, tool=params.tools))
+    try:
+        while engine.has_work:
+            for output in engine.step():
+                if output.finish == "error":
+                    raise NanochatError(f"a step of the engine failed: {engine.error}") from engine.error
+                yield output
+    finally:
+        engine.cancel("chat")
 
 
 class Chat:
     """A conversation and its settings. A base model has no turns: it continues each text from the beginning."""
 
     def __init__(
-        self, engine: Engine, params: SamplingParams, console: Console, system: str | None = None, base: bool = False
-    ) -> None:
+        self, engine: BatchEngine, params: SamplingParams, console: Console, system: str | None = None,
+        base: bool = False,
+    ) -> None:  # fmt: skip
         self.engine, self.params, self.console = engine, params, console
         self.system, self.base = system, base
         self.messages: list[dict] = []
@@ -140,9 +161,10 @@ class Chat:
         params = replace(self.params, seed=self.params.seed + self.answers)
         self.answers += 1
         try:
-            for event in self.engine.stream([self.prompt_ids()], params):
-                pieces.append((event.kind, event.text))
-                printer.show(event)
+            with contextlib.closing(stream(self.engine, self.prompt_ids(), params)) as events:
+                for event in events:
+                    pieces.append((event.kind, event.text))
+                    printer.show(event)
         except KeyboardInterrupt:
             if not self.console.is_terminal:
                 raise
@@ -288,7 +310,9 @@ def run(config: ChatConfig) -> int:
     machine = runtime.start(config.device, config.dtype, config.seed)
     loaded = load(machine, config.stage, config.tag, config.step, config.kernels)
     console = Console(highlight=False, markup=False, emoji=False)
-    chat = Chat(loaded.engine(), params, console, config.system, base=loaded.stage == "base")
+    runner = make_runner(loaded.model, config.weights, loaded.model.plan)
+    engine = BatchEngine(loaded.model, loaded.tokenizer, BatchConfig(max_batch=1), runner)
+    chat = Chat(engine, params, console, config.system, base=loaded.stage == "base")
     if question is not None:
         chat.ask(question)
         return 0

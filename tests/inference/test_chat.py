@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from nanochat.chat_format import render_prompt
 from nanochat.errors import NanochatError, UsageError
 from nanochat.inference import chat as chat_module
+from nanochat.inference.batch_engine import BatchConfig, BatchEngine, Output
 from nanochat.inference.chat import Chat, ChatConfig, Printer, converse, read_message, run
-from nanochat.inference.row import Event
+from nanochat.inference.engine import Engine
 from nanochat.inference.sampling import SamplingParams
 from nanochat.model import checkpoint
 
@@ -21,11 +23,24 @@ class FakeEngine:
 
     def __init__(self, tokenizer, events=(("text", "Hi"), ("text", " there")), context=200):
         self.tokenizer, self.events, self.context, self.asked = tokenizer, events, context, []
+        self.left, self.error = [], RuntimeError("broken")
 
-    def stream(self, prompts, params):
-        self.asked.append((prompts[0], params))
-        for kind, text in self.events:
-            yield Event(0, 0, text, kind, False, None)
+    def add(self, request):
+        self.asked.append((list(request.tokens), request.params))
+        self.left = list(self.events)
+
+    @property
+    def has_work(self):
+        return bool(self.left)
+
+    def step(self):
+        kind, text = self.left.pop(0)
+        if kind == "interrupt":
+            raise KeyboardInterrupt
+        return [Output("chat", 0, text, kind, False, "error" if text == "ERROR" else None)]
+
+    def cancel(self, id):
+        self.left = []
 
 
 def make_chat(tokenizer, terminal=False, **kwargs):
@@ -85,7 +100,7 @@ def test_tool_calls_are_shown_as_such(tokenizer):
         out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
         printer = Printer(Console(file=out, highlight=False))
         for kind, text in events:
-            printer.show(Event(0, 0, text, kind, False, None))
+            printer.show(Output("chat", 0, text, kind, False, None))
         printer.end()
         assert out.buffer.getvalue().decode(encoding) == f"It is [12*12 {arrow} 144]![1]\n"
 
@@ -96,6 +111,37 @@ def test_markup_and_markdown_in_an_answer_are_plain_text(tokenizer):
         chat, out = make_chat(tokenizer, terminal, events=[("text", text)])
         chat.ask("?")
         assert out.getvalue() == text + "\n"  # not wrapped either
+
+
+def test_a_terminal_shows_control_characters_and_does_not_obey_them(tokenizer):
+    chat, out = make_chat(tokenizer, True, events=[("text", "a\x1b[31mb\x07\x9b2Jc\n")])
+    chat.ask("?")
+    assert out.getvalue() == "a\ufffd[31mb\ufffd\ufffd2Jc\n\n"
+
+
+def test_an_interrupted_answer_stays_and_a_failed_one_does_not(tokenizer, capsys):
+    chat, out = make_chat(tokenizer, True, events=[("text", "Well"), ("interrupt", ""), ("text", "never")])
+    converse(chat, typed("hello"))
+    assert out.getvalue().startswith("Well\n") and not chat.engine.has_work
+    assert chat.messages[-1] == {"role": "assistant", "content": [{"type": "text", "text": "Well"}]}
+    chat, out = make_chat(tokenizer, events=[("text", "Well"), ("text", "ERROR")])
+    converse(chat, typed("hello"))
+    assert chat.messages == [] and "a step of the engine failed: broken" in capsys.readouterr().err
+
+
+def test_answers_equal_the_reference_engines_and_turns_are_found_in_the_cache(tokenizer, make_model):
+    model = make_model()
+    engine = BatchEngine(model, tokenizer, BatchConfig(max_batch=1))
+    params = SamplingParams(temperature=0.8, top_k=50, max_tokens=20, seed=3)
+    chat = Chat(engine, params, Console(file=io.StringIO()))
+    question = "what is a long question made of, if not of words?"
+    prompt = render_prompt(tokenizer, [{"role": "user", "content": question}])
+    chat.ask(question)
+    ((expected,),) = Engine(model, tokenizer).generate([prompt], params)
+    assert chat.messages[1]["content"] == expected.parts
+    before = engine.stats().cached_prompt_tokens
+    chat.ask("and?")
+    assert engine.stats().cached_prompt_tokens > before and engine.stats().blocks_used == 0
 
 
 def test_commands(tokenizer, tmp_path, capsys):
