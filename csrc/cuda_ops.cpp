@@ -1,9 +1,10 @@
-// The GPU side of the ops: shapes and dtypes checked, structs filled in, kernels launched on the current stream. Schemas
-// stand in ops.cpp, kernels in the .cu files.
+// The GPU side of the ops: shapes and dtypes checked, structs filled in, kernels launched on the current stream.
+// Schemas stand in ops.cpp, kernels in the .cu files.
 //
 // Shapes are checked by letters: check.shape(q, "q", "NHD") binds N, H and D where they are new and compares them where
-// they are known, so that every tensor of a call agrees with every other and a message names what does not. Nothing here
-// waits for the device or reads from it, and results come from torch's allocator, so all of it can be captured in a graph.
+// they are known, so that every tensor of a call agrees with every other and a message names what does not. Nothing
+// here waits for the device or reads from it, and results come from torch's allocator, so all of it can be captured in
+// a graph.
 //
 // Built with NANOCHAT_EMULATED=1, and the .cu files as C++, the same ops run on CPU tensors in csrc/emulator.cuh.
 #include "cuda_kernels.h"
@@ -46,11 +47,16 @@ void launched(const char* error) { TORCH_CHECK(!error, "the kernel could not be 
 
 Type type_of(const Tensor& x, const char* name) {
   switch (x.scalar_type()) {
-    case at::kFloat: return Type::float32;
-    case at::kBFloat16: return Type::bfloat16;
-    case at::kFloat8_e4m3fn: return Type::fp8;
-    case at::kChar: return Type::int8;
-    default: TORCH_CHECK_TYPE(false, name, " has the dtype ", x.scalar_type(), ", which these kernels do not read");
+    case at::kFloat:
+      return Type::float32;
+    case at::kBFloat16:
+      return Type::bfloat16;
+    case at::kFloat8_e4m3fn:
+      return Type::fp8;
+    case at::kChar:
+      return Type::int8;
+    default:
+      TORCH_CHECK_TYPE(false, name, " has the dtype ", x.scalar_type(), ", which these kernels do not read");
   }
 }
 
@@ -145,9 +151,16 @@ std::tuple<Tensor, Tensor> residual_norm(const Tensor& x, Optional delta, Option
   Tensor y = at::empty_like(x);
   const bool plain = !delta && !scale && !other;
   Tensor mixed = plain ? at::empty({0}, x.options()) : at::empty_like(x);
-  RmsNorm p{type_of(x, "x"), x.const_data_ptr(), like_x(delta, "delta"), like_x(other, "other"),
-            check.scalar(scale, "scale"), check.scalar(other_scale, "other_scale"), y.mutable_data_ptr(),
-            plain ? nullptr : mixed.mutable_data_ptr(), rows.size(0), check.size('C')};
+  RmsNorm p{type_of(x, "x"),
+            x.const_data_ptr(),
+            like_x(delta, "delta"),
+            like_x(other, "other"),
+            check.scalar(scale, "scale"),
+            check.scalar(other_scale, "other_scale"),
+            y.mutable_data_ptr(),
+            plain ? nullptr : mixed.mutable_data_ptr(),
+            rows.size(0),
+            check.size('C')};
   if (p.rows > 0) launched(rms_norm(p, stream()));
   return {y, mixed};
 }
@@ -198,8 +211,8 @@ Tensor thin_linear_op(const Tensor& x, const Tensor& weight, Optional scale, c10
 }
 
 void paged_qkv_op(Tensor& qkv, const Tensor& x, const Tensor& tokens, const Tensor& positions, const Tensor& table,
-                  const Tensor& starts, const Tensor& cos, const Tensor& sin, Optional embeddings,
-                  Optional gate_weight, Tensor& k_cache, Tensor& v_cache, double scale) {
+                  const Tensor& starts, const Tensor& cos, const Tensor& sin, Optional embeddings, Optional gate_weight,
+                  Tensor& k_cache, Tensor& v_cache, double scale) {
   const c10::DeviceGuard guard(qkv.device());
   check_compute_dtype(qkv, "qkv");
   check_cache_dtype(qkv, k_cache);
@@ -220,9 +233,8 @@ void paged_qkv_op(Tensor& qkv, const Tensor& x, const Tensor& tokens, const Tens
   p.count = check.size('N'), p.sequences = check.size('S'), p.table_width = check.size('M');
   p.kv_heads = check.size('G'), p.dims = check.size('D'), p.block_size = check.size('L');
   p.heads = check.size('W') / p.dims - 2 * p.kv_heads;
-  TORCH_CHECK_VALUE(check.size('W') % p.dims == 0 && p.heads > 0 && p.heads % p.kv_heads == 0,
-                    "qkv of width ", check.size('W'), " does not hold heads of ", p.dims, " for ", p.kv_heads,
-                    " key/value heads");
+  TORCH_CHECK_VALUE(check.size('W') % p.dims == 0 && p.heads > 0 && p.heads % p.kv_heads == 0, "qkv of width ",
+                    check.size('W'), " does not hold heads of ", p.dims, " for ", p.kv_heads, " key/value heads");
   TORCH_CHECK_VALUE(2 * check.size('h') == p.dims && starts.numel() == p.sequences + 1,
                     "cos needs D/2 columns and starts one more element than there are sequences");
   if (embeddings) {

@@ -33,7 +33,8 @@ NANOCHAT_DECLARE(NANOCHAT_LIBRARY, m) {
 
   // What follows runs on CUDA alone: the kernels of the .cu files, whose heads say what they compute.
 
-  // (y, mixed) of kernels/nanochat_kernels/rms_norm.py; mixed is empty when it would be x itself. Scales are one float32.
+  // (y, mixed) of kernels/nanochat_kernels/rms_norm.py; mixed is empty when it would be x itself. Scales are one
+  // float32.
   m.def(
       "residual_norm(Tensor x, Tensor? delta, Tensor? scale, Tensor? other, Tensor? other_scale) -> (Tensor, Tensor)");
 
@@ -41,15 +42,16 @@ NANOCHAT_DECLARE(NANOCHAT_LIBRARY, m) {
       "smeared_embedding(Tensor tokens, Tensor previous, Tensor table, Tensor? smear_weight, Tensor? smear_scale) -> "
       "Tensor");
 
-  // Up to 16 rows of bfloat16 x; weight bfloat16, float8_e4m3fn or int8, scale (outputs) float32. epilogue: none | relu2
-  // | softcap, the last with a float32 result.
+  // Up to 16 rows of bfloat16 x; weight bfloat16, float8_e4m3fn or int8, scale (outputs) float32. epilogue: none |
+  // relu2 | softcap, the last with a float32 result.
   m.def(
       "thin_linear(Tensor x, Tensor weight, Tensor? scale=None, str epilogue=\"none\", float softcap=15.0) -> Tensor");
 
   // Queries are overwritten in qkv, keys and values go into the cache.
   m.def(
       "paged_qkv(Tensor(a!) qkv, Tensor x, Tensor tokens, Tensor positions, Tensor table, Tensor starts, Tensor cos, "
-      "Tensor sin, Tensor? embeddings, Tensor? gate_weight, Tensor(b!) k_cache, Tensor(c!) v_cache, float scale) -> ()");
+      "Tensor sin, Tensor? embeddings, Tensor? gate_weight, Tensor(b!) k_cache, Tensor(c!) v_cache, float scale) -> "
+      "()");
 
   // paged_attention with counters of one's own: int32 zeros, left as zeros, so that no launch has to clear them.
   m.def(
@@ -60,7 +62,7 @@ NANOCHAT_DECLARE(NANOCHAT_LIBRARY, m) {
       "draw_tokens(Tensor logits, Tensor seeds, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, "
       "Tensor min_p) -> Tensor");
 
-  // panel (rows, vocabulary) holds 2l/c and becomes s(1 − s)·(softmax − onehot), s = sigmoid(2l/c), if gradients are wanted.
-  m.def(
-      "softcap_cross_entropy(Tensor(a!) panel, Tensor targets, Tensor(b!) nll, float softcap, bool gradients) -> ()");
+  // panel (rows, vocabulary) holds 2l/c and becomes s(1 − s)·(softmax − onehot), s = sigmoid(2l/c), if gradients are
+  // wanted.
+  m.def("softcap_cross_entropy(Tensor(a!) panel, Tensor targets, Tensor(b!) nll, float softcap, bool gradients) -> ()");
 }

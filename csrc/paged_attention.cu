@@ -1,10 +1,10 @@
-// Attention of a few new tokens per sequence against a paged cache, windowed and grouped: the decode step's other stream
-// of bytes, beside the weights.
+// Attention of a few new tokens per sequence against a paged cache, windowed and grouped: the decode step's other
+// stream of bytes, beside the weights.
 //
 // A query at position p reads the keys of positions max(0, p − window) … p. They are divided at multiples of kSpan
-// positions among blocks of 128 threads (split-KV), because one sequence's cache must be read by many multiprocessors at
-// once. The cuts are at fixed positions: a query's numbers depend on its own keys alone, not on the batch, the length of
-// the table, or the chunk in which it came.
+// positions among blocks of 128 threads (split-KV), because one sequence's cache must be read by many multiprocessors
+// at once. The cuts are at fixed positions: a query's numbers depend on its own keys alone, not on the batch, the
+// length of the table, or the chunk in which it came.
 //
 // In a block, eight lanes share a key: 16 bytes a lane and piece, so 4 keys a warp and 16 a block at a time, each with
 // up to two keys and two values on their way. Each group of eight lanes keeps its own maximum m, sum l and accumulator
@@ -12,8 +12,8 @@
 // within the warp, then in shared memory. Scores are taken to base 2, the 1/ln 2 folded into the query.
 //
 // A block's ROWS queries, several heads of one key/value head (grouped attention) or several new tokens of a sequence
-// (a draft to verify, a piece of a prompt), share each key that is read. This pays up to a few tokens; long prompts want
-// tensor cores.
+// (a draft to verify, a piece of a prompt), share each key that is read. This pays up to a few tokens; long prompts
+// want tensor cores.
 //
 // Parts of a query meet without a second launch: each block leaves its values, m and l in the workspace and counts
 // itself; the last to arrive adds them up and sets the counter back to zero for the next launch. (The counters are why
@@ -71,7 +71,8 @@ DEVICE float rescaling(float m, float larger) { return m == -INFINITY ? 0.0f : e
 template <typename T, typename CacheT, int ROWS, int PIECES, int WIDTH>
 struct Block {
   static constexpr int kHeld = PIECES * WIDTH;
-  static constexpr int kUnroll = ROWS == 1 ? 2 : 1;  // keys of a group loaded before the first is used: registers
+  static constexpr int kUnroll =
+      ROWS == 1 && WIDTH > 1 ? 2 : 1;  // keys of a group loaded before the first is used: registers
   static constexpr int kStride = kGroups * kUnroll;
   static_assert(kSpan % kStride == 0);  // which group of lanes reads a key follows from its position
   const PagedAttention& p;
@@ -178,8 +179,8 @@ struct Block {
     const int stride = p.dims + 2, warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      const float larger = fmaxf(fmaxf(s.m[r], shuffle_xor(s.m[r], 8)),
-                                 fmaxf(shuffle_xor(s.m[r], 16), shuffle_xor(s.m[r], 24)));
+      const float larger =
+          fmaxf(fmaxf(s.m[r], shuffle_xor(s.m[r], 8)), fmaxf(shuffle_xor(s.m[r], 16), shuffle_xor(s.m[r], 24)));
       const float keep = rescaling(s.m[r], larger);
       float* row = shared + (warp * ROWS + r) * stride;
 #pragma unroll
@@ -223,7 +224,8 @@ DEVICE void write_row(const PagedAttention& p, int token, int head, int d, float
 }
 
 template <typename T, typename CacheT, int ROWS, int PIECES, int WIDTH>
-KERNEL(kThreads) paged_attention_kernel(PagedAttention p) {
+KERNEL(kThreads)
+paged_attention_kernel(PagedAttention p) {
   using Work = Block<T, CacheT, ROWS, PIECES, WIDTH>;
   SHARED int32_t last_to_arrive;
   float* shared = dynamic_shared<float>();
@@ -253,7 +255,8 @@ KERNEL(kThreads) paged_attention_kernel(PagedAttention p) {
       for (int i = thread; i < ROWS * p.dims; i += kThreads) {
         const int r = i / p.dims, d = i % p.dims, n = tile_start + r / heads, head = first_head + r % heads;
         if (n < g.first_token || n > g.last_token || head > last_head) continue;
-        const float value = merged[r * stride + d], m = merged[r * stride + p.dims], l = merged[r * stride + p.dims + 1];
+        const float value = merged[r * stride + d], m = merged[r * stride + p.dims],
+                    l = merged[r * stride + p.dims + 1];
         if (p.splits == 1) {
           write_row<T>(p, n, head, d, value, l);
         } else {
@@ -281,7 +284,8 @@ KERNEL(kThreads) paged_attention_kernel(PagedAttention p) {
   for (int i = thread; i < ROWS * p.dims; i += kThreads) {
     const int r = i / p.dims, d = i % p.dims, n = tile_start + r / heads, head = first_head + r % heads;
     if (n >= tile_end || head > last_head) continue;
-    // Only splits that hold keys of the token's segment have written; it begins where the sequence's share of the tile does.
+    // Only splits that hold keys of the token's segment have written; it begins where the sequence's share of the tile
+    // does.
     const int sequence = sequence_of(n, p.starts, p.sequences);
     const int start = p.starts[sequence] > tile_start ? p.starts[sequence] : tile_start;
     const Segment g = segment_at(p, start, tile_end);
@@ -318,15 +322,22 @@ const char* start(const PagedAttention& p, CUstream_st* stream) {
 template <typename T, typename CacheT>
 const char* run(const PagedAttention& p, CUstream_st* stream) {
   constexpr int kWide = sizeof(Pack) / sizeof(CacheT), kOnce = kLanes * kWide;
-  if (!wide(p)) return start<T, CacheT, 1, 32, 1>(p, stream);
+  if (!wide(p)) {
+    if constexpr (sizeof(CacheT) == 1)
+      return "an FP8 cache takes head sizes in multiples of 16, on 16-byte boundaries";
+    else
+      return start<T, CacheT, 1, 32, 1>(p, stream);
+  }
   const bool single = rows_of(p) == 1;
   if constexpr (kOnce < 128) {
     if (p.dims <= 64) {
-      return single ? start<T, CacheT, 1, 64 / kOnce, kWide>(p, stream) : start<T, CacheT, 4, 64 / kOnce, kWide>(p, stream);
+      return single ? start<T, CacheT, 1, 64 / kOnce, kWide>(p, stream)
+                    : start<T, CacheT, 4, 64 / kOnce, kWide>(p, stream);
     }
   }
   if (p.dims <= 128) {
-    return single ? start<T, CacheT, 1, 128 / kOnce, kWide>(p, stream) : start<T, CacheT, 4, 128 / kOnce, kWide>(p, stream);
+    return single ? start<T, CacheT, 1, 128 / kOnce, kWide>(p, stream)
+                  : start<T, CacheT, 4, 128 / kOnce, kWide>(p, stream);
   }
   return start<T, CacheT, 1, 256 / kOnce, kWide>(p, stream);
 }

@@ -14,13 +14,14 @@
 namespace nanochat {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kLanes = 8;     // of one head
-constexpr int kHeld = 16;     // elements of each half that a lane keeps
+constexpr int kThreads = 128;
+constexpr int kLanes = 8;  // of one head
+constexpr int kHeld = 16;  // elements of each half that a lane keeps
 constexpr float kGate = 3.0f;
 
 template <typename T, typename CacheT, int WIDTH>
-KERNEL(kThreads) paged_qkv_kernel(PagedQkv p) {
+KERNEL(kThreads)
+paged_qkv_kernel(PagedQkv p) {
   constexpr int kPieces = kHeld / WIDTH;
   const int lane = static_cast<int>(threadIdx.x) % kLanes, heads = p.heads + 2 * p.kv_heads, half = p.dims / 2;
   const int64_t item = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kLanes;
@@ -105,8 +106,12 @@ const char* run(const PagedQkv& p, CUstream_st* stream) {
   const bool wide = p.dims / 2 % kWide == 0 && aligned(p.qkv) && aligned(p.cos) && aligned(p.sin) &&
                     aligned(p.embeddings) && aligned(p.k_cache) && aligned(p.v_cache);
   const int64_t lanes = static_cast<int64_t>(p.count) * (p.heads + 2 * p.kv_heads) * kLanes;
-  return launch(wide ? paged_qkv_kernel<T, CacheT, kWide> : paged_qkv_kernel<T, CacheT, 1>,
-                dim3(static_cast<unsigned>(divide_up<int64_t>(lanes, kThreads))), kThreads, 0, stream, p);
+  const dim3 blocks(static_cast<unsigned>(divide_up<int64_t>(lanes, kThreads)));
+  if (wide) return launch(paged_qkv_kernel<T, CacheT, kWide>, blocks, kThreads, 0, stream, p);
+  if constexpr (sizeof(CacheT) == 1)
+    return "an FP8 cache takes head sizes in multiples of 16, on 16-byte boundaries";
+  else
+    return launch(paged_qkv_kernel<T, CacheT, 1>, blocks, kThreads, 0, stream, p);
 }
 
 }  // namespace

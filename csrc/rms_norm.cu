@@ -3,9 +3,10 @@
 //     mixed = scale·(x + delta) + other_scale·other        y = mixed·(mean(mixed²) + ε)^-½
 //
 // One block of 256 threads per row; a row of up to 8,192 channels stays in registers between the sum of squares and the
-// scaling, so each input is read once, 16 bytes a thread. Arithmetic is float32, rounded once at the end, where torch in
-// bf16 rounds after each addition. At decode a row is 1.5 to 3 KB: the time is that of a launch and two trips to memory,
-// which is why the additions ride along and why the kernel starts before its predecessor has ended (device.cuh).
+// scaling, so each input is read once, 16 bytes a thread. Arithmetic is float32, rounded once at the end, where torch
+// in bf16 rounds after each addition. At decode a row is 1.5 to 3 KB: the time is that of a launch and two trips to
+// memory, which is why the additions ride along and why the kernel starts before its predecessor has ended
+// (device.cuh).
 #include "cuda_kernels.h"
 #include "device.cuh"
 
@@ -17,7 +18,8 @@ constexpr int kHeld = 32;  // channels a thread keeps
 
 // WIDTH channels at a time: what fills 16 bytes, or 1 where rows are not aligned.
 template <typename T, int WIDTH>
-KERNEL(kThreads) rms_norm_kernel(RmsNorm p) {
+KERNEL(kThreads)
+rms_norm_kernel(RmsNorm p) {
   SHARED float partial[kThreads / kWarp];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * p.columns;
   const T *x = static_cast<const T*>(p.x) + row, *delta = static_cast<const T*>(p.delta) + row,
@@ -64,7 +66,8 @@ KERNEL(kThreads) rms_norm_kernel(RmsNorm p) {
 
 // Both embeddings of a position, its own and the one before, are normed here: no state is kept between steps.
 template <typename T, int WIDTH>
-KERNEL(kThreads) embedding_kernel(Embedding p) {
+KERNEL(kThreads)
+embedding_kernel(Embedding p) {
   SHARED float partial[2][kThreads / kWarp], first[kWarp];
   const int thread = static_cast<int>(threadIdx.x);
   wait_for_previous_kernel();
@@ -138,7 +141,8 @@ const char* rms_norm(const RmsNorm& p, CUstream_st* stream) {
 
 const char* embedding(const Embedding& p, CUstream_st* stream) {
   if (p.columns > kThreads * kHeld) return "embedding holds at most 8192 channels";
-  if (p.smear_weight && (p.smear_inputs > kWarp || p.smear_inputs > p.columns)) return "the smear reads 32 channels at most";
+  if (p.smear_weight && (p.smear_inputs > kWarp || p.smear_inputs > p.columns))
+    return "the smear reads 32 channels at most";
   return p.type == Type::bfloat16 ? run<bf16>(p, stream) : run<float>(p, stream);
 }
 

@@ -10,9 +10,9 @@
 // tokens ordered by falling logit, ties by rising id, where does the sum reach a target? That point is found digit by
 // digit, each time with a histogram of the weights in shared memory, of the tokens that agree in the digits before:
 // first by (max − z) in steps of 1/64, which spreads a model's logits over hundreds of bins and so keeps the atomic
-// additions apart; then by the bits of z (11 + 11 + 10); and where equal logits straddle the target, as they do in bf16,
-// by the bits of the id (11 + 11). Probabilities are integers, multiples of 2⁻⁴⁰ of the largest: sums are exact, whatever
-// their order, so that the result does not vary from run to run.
+// additions apart; then by the bits of z (11 + 11 + 10); and where equal logits straddle the target, as they do in
+// bf16, by the bits of the id (11 + 11). Probabilities are integers, multiples of 2⁻⁴⁰ of the largest: sums are exact,
+// whatever their order, so that the result does not vary from run to run.
 //
 // The row is read again in each pass, 128 KB from the second-level cache: 1 to 2 µs a pass, one pass without filters.
 #include "cuda_kernels.h"
@@ -245,8 +245,8 @@ KERNEL(kThreads) sample_kernel(Sample p) {
     row.maximum = top.value;
   }
   if (filtered && top_k > 0 && top_k < p.vocabulary) {
-    limit = row.select(
-        limit, [](float) { return uint64_t{1}; }, [&](uint64_t) { return static_cast<uint64_t>(top_k); });
+    limit =
+        row.select(limit, [](float) { return uint64_t{1}; }, [&](uint64_t) { return static_cast<uint64_t>(top_k); });
   }
   if (filtered && top_p < 1) {
     // A token stays while the weight before it is less than top_p of the whole: the sum reaches that, rounded up.

@@ -4,9 +4,9 @@
 //
 //     nll = log Σ exp(2c(s_v − 1)) − 2c(s_target − 1)        panel ← s(1 − s)·(exp(2c(s − 1))/Σ − [v = target])
 //
-// and the bound itself, c, takes the place of a running maximum. One block of 1,024 threads a row: 32,768 words are four
-// 16-byte loads a thread, and their s stay in registers while the block adds up the sum. A row that is longer, or not
-// aligned, is walked twice, the second time out of the second-level cache, as the Triton kernel does. Three special
+// and the bound itself, c, takes the place of a running maximum. One block of 1,024 threads a row: 32,768 words are
+// four 16-byte loads a thread, and their s stay in registers while the block adds up the sum. A row that is longer, or
+// not aligned, is walked twice, the second time out of the second-level cache, as the Triton kernel does. Three special
 // functions a word before the sum and one after keep the arithmetic just under the time of four bytes of traffic.
 #include "cuda_kernels.h"
 #include "device.cuh"
@@ -20,7 +20,8 @@ DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // HELD > 0: that many pieces of WIDTH words per thread stay in registers. HELD = 0: two walks.
 template <typename T, int WIDTH, int HELD>
-KERNEL(kThreads) softcap_cross_entropy_kernel(SoftcapCrossEntropy p) {
+KERNEL(kThreads)
+softcap_cross_entropy_kernel(SoftcapCrossEntropy p) {
   SHARED float partial[kThreads / kWarp];
   const int64_t row = blockIdx.x;
   T* panel = static_cast<T*>(p.panel) + row * p.vocabulary;

@@ -86,8 +86,7 @@ struct Stream16 {
       for (int tile = 0; tile < TILES; ++tile) {
         const int row = output + tile * kColumns, at = k + (step + ahead) * kStep;
         const W* from = weight + static_cast<int64_t>(row) * inputs + at;
-        to[ahead][tile] =
-            at < inputs && row < outputs ? load_stream(reinterpret_cast<const Pack*>(from)) : Pack{};
+        to[ahead][tile] = at < inputs && row < outputs ? load_stream(reinterpret_cast<const Pack*>(from)) : Pack{};
       }
     }
   }
@@ -122,7 +121,8 @@ DEVICE void multiply(const bf16* const (&rows)[2], int k, bool inside, const Pac
 }
 
 template <typename W, int TILES>
-KERNEL(kThreads) thin_linear_kernel(ThinLinear p) {
+KERNEL(kThreads)
+thin_linear_kernel(ThinLinear p) {
   using Source = Stream16<W, TILES>;
   SHARED float sums[kWarps][kRows][TILES * kColumns];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;

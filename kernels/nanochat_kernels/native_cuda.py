@@ -50,7 +50,6 @@ def _emulated() -> bool:
     return bool(path)
 
 
-@functools.cache
 def _loaded() -> None:
     native.load()
     _register_fakes("nanochat")
@@ -207,6 +206,7 @@ def linear_softcap_cross_entropy(
     )
 
 
+@functools.cache
 def _register_fakes(namespace: str) -> None:
     """What shapes come out, for tracing. paged_attention's stands in native.py for the library proper."""
 
