@@ -35,6 +35,13 @@ def find_compilers() -> tuple[str | None, str | None]:
     return cxx, next((nvcc for nvcc in candidates if nvcc and Path(nvcc).is_file()), None)
 
 
+def torch_has_cuda() -> bool:
+    """A CPU build of torch has no CUDA to compile against, though nvcc may be there (the dev extra brings it)."""
+    import torch
+
+    return torch.version.cuda is not None
+
+
 def choose_mode() -> str:
     """`cuda`, `cpu` or `none` for what NANOCHAT_BUILD asks and this machine has."""
     asked = os.environ.get("NANOCHAT_BUILD", "auto")
@@ -50,7 +57,7 @@ def choose_mode() -> str:
     if not cxx:
         print("nanochat: no C++ compiler found, building without extensions (the torch backends serve every op)")
         return "none"
-    return "cuda" if nvcc else "cpu"
+    return "cuda" if nvcc and torch_has_cuda() else "cpu"
 
 
 def cudart_folder() -> list[str]:
