@@ -18,6 +18,7 @@ from torch import Tensor
 from nanochat_kernels.native_cuda import needs_cuda_ops
 from nanochat_kernels.numerics import normal
 from nanochat_kernels.registry import Case, Cost, Op, Place
+from nanochat_kernels.triton_support import needs_triton
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -180,8 +181,9 @@ sample = Op(
     torch=sample_reference,
     selective=sample_selective,
     cuda="nanochat_kernels.native_cuda:sample",
-    available={"selective": _on_a_cpu, "cuda": needs_cuda_ops},
-    custom=("cuda",),
+    triton="nanochat_kernels.sample_triton:sample_triton",
+    available={"selective": _on_a_cpu, "cuda": needs_cuda_ops, "triton": needs_triton},
+    custom=("cuda", "triton"),
     auto=(("selective", lambda place: place.device.type == "cpu", "no sort, noise only for tokens that can win"),),
     cases=_cases,
     cost=_cost,
