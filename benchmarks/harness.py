@@ -316,6 +316,10 @@ class Rows:
         row |= {name: _round(value) for name, value in (unit or {}).items()}
         if cost is not None:
             row |= self.roofline(cost, timing.median, str(fields.get("dtype", "float32")))
+        if self._ceilings is not None:
+            limits = self._ceilings
+            row["ceilings"] = {"bandwidth": _round(limits.bandwidth), "launch": _round(limits.launch)}
+            row["ceilings"] |= {f"gemm {dtype}": _round(rate) for dtype, rate in limits.gemm.items()}
         row |= {"quiet": not self.disturbed, **self.environment}
         append(self.path, row)
         self.rows.append(row)
