@@ -427,20 +427,32 @@ def say(text: str, color: str = "dim") -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[{color}]{escape(text)}[/]")
 
 
+def corpus_folder(data: str | None) -> str:
+    """A folder of parquet shards: the one given, or the built-in corpus, generated on first use in the base folder."""
+    if data:
+        return data
+    from nanochat.data.corpus import open_corpus
+    from nanochat.data.sources import Request, parse_source
+
+    parse_source("builtin").prepare(Request(shards=0, characters=None))
+    return str(open_corpus("builtin").folder)
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def run_json(
+def run_process(
     command: Sequence[str],
     isolated: bool = False,
     env: Mapping[str, str] | None = None,
     timeout: float | None = None,
-) -> dict[str, Any]:
-    """Runs a process whose last line of output is a JSON object. Peers run this way: their imports cannot touch ours.
+) -> str:
+    """Runs a process and returns its output. Peers run this way: their imports cannot touch ours.
 
     isolated: a base folder and compiler caches of its own, empty at the start. Raises NanochatError with the end of
     what it wrote to stderr when it fails or does not end in time.
     """
+    name = " ".join(command[:4])
     with tempfile.TemporaryDirectory() if isolated else nullcontext() as folder:
         names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "NANOCHAT_BASE_DIR")
         own = dict.fromkeys(names, folder) if folder else {}
@@ -449,12 +461,20 @@ def run_json(
                 command, env=os.environ | own | (env or {}), capture_output=True, text=True, timeout=timeout
             )
         except subprocess.TimeoutExpired as late:
-            raise NanochatError(f"{' '.join(command[:4])} did not end within {timeout:.0f} s") from late
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
+            raise NanochatError(f"{name} did not end within {timeout:.0f} s") from late
+    if done.returncode:
         end = "\n".join(done.stderr.splitlines()[-8:])
-        raise NanochatError(f"{' '.join(command[:4])} … ended with {done.returncode}:\n{end}")
-    return json.loads(lines[-1])
+        raise NanochatError(f"{name} … ended with {done.returncode}:\n{end}")
+    return done.stdout
+
+
+def run_json(command: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Runs a process whose last line of output is a JSON object, and returns it. options: those of `run_process`."""
+    output = run_process(command, **options).splitlines()
+    try:
+        return json.loads(output[-1])
+    except (IndexError, ValueError) as error:
+        raise NanochatError(f"{' '.join(command[:4])} … ended without a line of JSON") from error
 
 
 def interleave(sides: Mapping[str, Callable[[], dict[str, Any]]], rounds: int) -> dict[str, list[dict[str, Any]]]:

@@ -1,22 +1,21 @@
 """Tokens per second of the loader, from parquet to rows, beside what training takes.
 
-    python benchmarks/loader.py --data FOLDER [--tokenizer FOLDER] [--threads 1 2] [--repeats 5]
+    nanochat bench loader [--data FOLDER] [--tokenizer FOLDER] [--threads 1 2] [--repeats 5]
 
-The folder holds parquet shards with a column `text`. Every figure is the median of processes of their own, taken in
-turn, each held to as many CPUs as it has threads, so that reading, tokenizing and packing share them as they do beside
-a training run. The clock runs from the loader's creation (cold caches, empty buffer) to the last batch; the training
-thread does nothing but take batches. The parts are timed alone: reading row groups, tokenizing them in place, packing
-in Rust and in Python, the Rust ones being what the loader consists of.
+The folder holds parquet shards with a column `text` (default: the built-in corpus). Every figure is the median of
+processes of their own, taken in turn, each held to as many CPUs as it has threads, so that reading, tokenizing and
+packing share them as they do beside a training run. The clock runs from the loader's creation (cold caches, empty
+buffer) to the last batch; the training thread does nothing but take batches. The parts are timed alone: reading row
+groups, tokenizing them in place, packing in Rust and in Python, the Rust ones being what the loader consists of.
 
 A rank of several tokenizes the whole stream, because a row depends on all documents before it, so every rank's share of
-the CPUs must keep up with the job's tokens per second. The last line is one JSON row.
+the CPUs must keep up with the job's tokens per second. Rows give seconds per token.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from benchmarks import harness
+from nanochat.errors import UsageError
 
 NEEDS = {"d24": 1.0e6, "d12": 4.0e6}  # tokens/s that eight H100s take
 PARTS = ("loader", "read", "tokenize", "pack", "pack in Python")
@@ -91,50 +93,55 @@ def make_tokenizer(data: str, folder: str) -> None:
     from nanochat.data.corpus import open_corpus
     from nanochat.tokenizer import Tokenizer
 
-    Tokenizer.train(open_corpus(data).documents("train")).save(Path(folder))
+    documents = list(open_corpus(data).documents("train"))
+    try:
+        Tokenizer.train(documents).save(Path(folder))
+    except UsageError:  # the built-in corpus has fewer words than a full vocabulary
+        Tokenizer.train(documents, 2048).save(Path(folder))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", required=True, help="folder of parquet shards")
+def run_part(part: str, threads: int, args: argparse.Namespace, tokenizer: str) -> dict[str, float]:
+    """One process: {"wall": tokens/s, "cpu": tokens per second of CPU time}."""
+    options = [f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "rows", "seq-len", "tokens")]
+    command = [sys.executable, "-m", "benchmarks.loader", *options, f"--tokenizer={tokenizer}"]
+    return harness.run_json([*command, "--one", part, str(threads)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder of parquet shards (default: the built-in corpus)")
     parser.add_argument("--tokenizer", help="its folder; one of 32,768 is trained on the data when left out")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rows", type=int, default=32, help="rows of a batch")
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens of one run of the loader")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each figure")
+    parser.add_argument("--out", help="file or folder for the rows (default: benchmarks/results/<device>)")
     parser.add_argument("--one", nargs=2, metavar=("PART", "THREADS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        shape = (args.rows, args.seq_len)
-        print(json.dumps(measure(args.one[0], args.data, args.tokenizer, int(args.one[1]), shape, args.tokens)))
-        return
-    figures = {(part, n): [] for n in args.threads for part in PARTS if n == min(args.threads) or part == "loader"}
+        shape, (part, threads) = (args.rows, args.seq_len), args.one
+        wall, cpu = measure(part, args.data, args.tokenizer, int(threads), shape, args.tokens)
+        print(json.dumps({"wall": wall, "cpu": cpu}))
+        return 0
+    args.data = harness.corpus_folder(args.data)
+    rows = harness.Rows("loader", harness.pick_device("cpu"), args.out)
+    figures = [(part, n) for n in args.threads for part in PARTS if n == min(args.threads) or part == "loader"]
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.tokenizer or temporary
         if not args.tokenizer:
             make_tokenizer(args.data, folder)
-        options = [
-            f"--{name}={getattr(args, name.replace('-', '_'))}" for name in ("data", "rows", "seq-len", "tokens")
-        ]
-        for _ in range(args.repeats):
-            for (part, threads), runs in figures.items():
-                command = [sys.executable, __file__, *options, f"--tokenizer={folder}", "--one", part, str(threads)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
-    row: dict = {"cpus": os.cpu_count(), "load": os.getloadavg()[0], "repeats": args.repeats}
-    for (part, threads), runs in figures.items():
-        walls, per_cpu = zip(*runs, strict=True)
-        speed, undisturbed = statistics.median(walls), statistics.median(per_cpu)
-        beside = ", ".join(f"{speed / need:.1f} × {name}" for name, need in NEEDS.items())
-        print(
-            f"{part:>14}, {threads} thread(s): {speed / 1e6:7.2f}M tokens/s ({min(walls) / 1e6:.2f} to "
-            f"{max(walls) / 1e6:.2f}), {undisturbed / 1e6:7.2f}M per CPU second; {beside} on 8×H100"
-        )
-        key = f"{part.replace(' ', '_')}_{threads}"
-        row |= {key: round(speed), f"{key}_per_cpu_second": round(undisturbed)}
-    print(json.dumps(row))
+        sides = {f"{part} {n}": (lambda part=part, n=n: run_part(part, n, args, folder)) for part, n in figures}
+        runs = harness.interleave(sides, args.repeats)
+    for (part, threads), done in zip(figures, runs.values(), strict=True):
+        speed = statistics.median(run["wall"] for run in done)
+        unit = {"tokens_per_s": speed, "per_cpu_s": statistics.median(run["cpu"] for run in done)}
+        unit |= {f"times_{name}": speed / need for name, need in NEEDS.items()}
+        timing = harness.Timing([1 / run["wall"] for run in done])
+        rows.add(work="loader", case=f"{part}, {threads} thread(s)", backend="native", timing=timing, unit=unit)
+    rows.table(("tokens_per_s", "per_cpu_s", *(f"times_{name}" for name in NEEDS)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -193,9 +193,16 @@ def breakdown(rows: Sequence[Row]) -> str | None:
     return svg(drawn)
 
 
+def shape_of(row: Row) -> dict[str, Any]:
+    """Model, batch and context of a decode row, which its case spells: "d12 b8 p256"."""
+    found = re.match(r"(d\d+) b(\d+) p(\d+)", str(row.get("case", "")))
+    return {"model": found[1], "batch": int(found[2]), "context": int(found[3])} if found else {}
+
+
 def decode_curves(rows: Sequence[Row]) -> str | None:
     """Milliseconds per decode step against context and against batch, one line per model, weights and runner."""
-    steps = [row for row in rows if "decode" in str(row.get("work", "")) and "batch" in row]
+    steps = [row | shape_of(row) for row in rows if row.get("work") == "decode"]
+    steps = [row for row in steps if "batch" in row and "context" in row]
     if not steps:
         return None
     drawn, axes = figure(2, height=3.6)

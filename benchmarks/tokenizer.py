@@ -1,12 +1,13 @@
 """Tokenizer speed: ours beside tiktoken, rustbpe and gigatoken, a fresh process for every figure.
 
-    python benchmarks/tokenizer.py --corpus FOLDER --repeats 5
-    python benchmarks/tokenizer.py --corpus FOLDER --peer-python OTHER/bin/python   # where the peers are installed
+    nanochat bench tokenizer [--corpus FOLDER] [--repeats 5]
+    nanochat bench tokenizer --corpus FOLDER --peer-python OTHER/bin/python         # where the peers are installed
 
-The corpus is a folder of parquet shards with a column `text`, all of which are used. Each figure is the median over
-`--repeats` processes, in turn rather than one after the other, so that a change in the machine's load touches all of
-them alike. Encoding is timed in the first pass over the text, with cold caches; memory is the growth of the resident
-set's peak. gigatoken has no two-digit pattern, so it splits with three digits. A peer not installed is left out.
+The corpus is a folder of parquet shards with a column `text`, all of which are used (default: the built-in one). Each
+figure is the median over `--repeats` processes, in turn rather than one after the other, so that a change in the
+machine's load touches all of them alike. Encoding is timed in the first pass over the text, with cold caches; memory is
+the growth of the resident set's peak. gigatoken has no two-digit pattern, so it splits with three digits. A peer not
+installed is left out. Rows give seconds per byte.
 """
 
 import argparse
@@ -14,7 +15,6 @@ import base64
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -156,45 +156,68 @@ def make_ranks(corpus: str, path: str) -> None:
     Path(path).write_bytes(b"".join(lines))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--corpus", required=True, help="folder of parquet shards")
+def run_figure(name: str, corpus: str, ranks: str, peer_python: str) -> dict[str, float]:
+    """One figure in a process of its own; raises NanochatError where a peer is missing or fails."""
+    from benchmarks import harness
+
+    python = sys.executable if FIGURES[name][0] == "ours" else peer_python
+    return harness.run_json([python, __file__, "--corpus", corpus, "--one", name, "--ranks", ranks])
+
+
+def record(rows: Any, name: str, runs: list[dict[str, float]]) -> None:
+    from benchmarks import harness
+
+    work, who, *detail = (part.strip() for part in name.split(","))
+    ours = who == "nanochat"
+    timing = harness.Timing([run["ns/byte"] * 1e-9 for run in runs])
+    unit = {"mb_per_s": 1e-6 / timing.median, "grown_mib": statistics.median(run["MiB"] for run in runs)}
+    rows.add(
+        work="tokenizer", case=", ".join([work, *detail]), backend="nanochat" if ours else None,
+        peer=None if ours else who, timing=timing, unit=unit, seconds=statistics.median(run["seconds"] for run in runs),
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", help="folder of parquet shards (default: the built-in corpus)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each figure")
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers installed")
     parser.add_argument("--only", default="", help="figures whose name holds this text")
+    parser.add_argument("--out", help="file or folder for the rows (default: benchmarks/results/<device>)")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--ranks", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        return measure_one(options.one, options.corpus, options.ranks)
-    from rich.console import Console  # the peers' environment need not have it
-    from rich.table import Table
+    if options.one:  # the peers' environment need not have the harness
+        measure_one(options.one, options.corpus, options.ranks)
+        return 0
+    from benchmarks import harness
 
-    console = Console()
+    corpus = harness.corpus_folder(options.corpus)
+    rows = harness.Rows("tokenizer", harness.pick_device("cpu"), options.out)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in FIGURES if options.only in name}
     with tempfile.TemporaryDirectory() as folder:
         ranks = f"{folder}/ranks.tiktoken"
-        make_ranks(options.corpus, ranks)
-        for _ in range(options.repeats):
-            for name, runs in results.items():
-                python = sys.executable if FIGURES[name][0] == "ours" else options.peer_python
-                command = [python, __file__, "--corpus", options.corpus, "--one", name, "--ranks", ranks]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode == 0:
-                    runs.append(json.loads(done.stdout.splitlines()[-1]))
-                elif not runs:
-                    console.print(f"{name}: left out ({(done.stderr.splitlines() or ['?'])[-1]})", highlight=False)
-    table = Table("figure", "seconds", "MB/s", "ns/byte", "MiB above start", title=f"medians of {options.repeats}")
+        make_ranks(corpus, ranks)
+        for number in range(options.repeats):
+            for name, runs in list(results.items()):
+                harness.say(f"round {number + 1} of {options.repeats}: {name}")
+                try:
+                    runs.append(run_figure(name, corpus, ranks, options.peer_python))
+                except harness.NanochatError as error:
+                    if FIGURES[name][0] == "ours":
+                        raise
+                    harness.say(f"{name}: left out ({str(error).splitlines()[-1]})")
+                    del results[name]
     for name, runs in results.items():
-        if runs:
-            middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            values = (
-                f"{middle[key]:,.{digits}f}"
-                for key, digits in (("seconds", 2), ("MB/s", 1), ("ns/byte", 1), ("MiB", 0))
-            )
-            table.add_row(name, *values)
-    console.print(table)
+        record(rows, name, runs)
+    rows.table(("mb_per_s", "grown_mib", "seconds"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    if "--one" in sys.argv:
+        main()
+    else:
+        from benchmarks import harness
+
+        harness.run(main)

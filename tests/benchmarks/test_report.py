@@ -37,7 +37,7 @@ def step(commit, seconds, **fields):
 
 
 def decode(context, seconds):
-    fields = {"work": "decode", "case": f"d12 {context}", "batch": 1, "context": context, "backend": "native"}
+    fields = {"work": "decode", "case": f"d12 b1 p{context}", "backend": "native"}
     return row(**fields) | harness.Timing([seconds]).record()
 
 
