@@ -82,6 +82,7 @@ struct PagedAttention {
   int64_t q_stride;
   int count, sequences, table_width, heads, kv_heads, dims, block_size, window;
   int splits, tile;  // from plan_paged_attention
+  int block_shift;   // found by paged_attention: log2 of block_size, −1 where that is no integer
 };
 struct PagedAttentionPlan {
   int tile;      // tokens of one block

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #ifdef __CUDACC__
@@ -61,7 +62,8 @@ template <typename T, int WIDTH>
 DEVICE void load(const T* from, float (&to)[WIDTH]) {
   if constexpr (WIDTH * sizeof(T) == sizeof(Pack)) {
     const Pack pack = *reinterpret_cast<const Pack*>(from);
-    const T* element = reinterpret_cast<const T*>(&pack);
+    T element[WIDTH];
+    memcpy(element, &pack, sizeof(Pack));
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) to[i] = widen(element[i]);
   } else {
@@ -74,10 +76,11 @@ template <typename T, int WIDTH>
 DEVICE void store(T* to, const float (&from)[WIDTH]) {
   if constexpr (WIDTH > 1 && (WIDTH * sizeof(T) == sizeof(Pack) || WIDTH * sizeof(T) == sizeof(HalfPack))) {
     using Whole = std::conditional_t<WIDTH * sizeof(T) == sizeof(Pack), Pack, HalfPack>;
-    Whole whole;
-    T* element = reinterpret_cast<T*>(&whole);
+    T element[WIDTH];
 #pragma unroll
     for (int i = 0; i < WIDTH; ++i) element[i] = narrow<T>(from[i]);
+    Whole whole;
+    memcpy(&whole, element, sizeof(Whole));
     *reinterpret_cast<Whole*>(to) = whole;
   } else {
 #pragma unroll

@@ -194,8 +194,17 @@ inline uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t order) {
 }
 
 template <typename Pack>
-inline Pack load_stream(const Pack* from) {
+inline Pack load_constant(const Pack* from) {
   return *from;
+}
+template <typename Pack>
+inline Pack load_once(const Pack* from) {
+  return *from;
+}
+
+inline void prefetch(const void* from, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16)
+    emulator::fail("a prefetch that is not in units of 16 bytes");
 }
 
 // Every lane shows `words` 64-bit words and gets to see those of all lanes.

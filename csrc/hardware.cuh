@@ -60,15 +60,32 @@ DEVICE float fp8_to_float(uint8_t x) {
 // Bytes of a and b (a holds numbers 0 to 3, b 4 to 7) picked by the hexadecimal digits of `order`, lowest first.
 DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t order) { return __byte_perm(a, b, order); }
 
-// Read once and not again: past the first-level cache, through the read-only path.
+// Read once and not again: past the first-level cache. The first form takes the read-only path, for what no kernel
+// writes (weights): a kernel that starts before its predecessor has ended must not read that one's results so.
 template <typename Pack>
-DEVICE Pack load_stream(const Pack* from) {
+DEVICE Pack load_constant(const Pack* from) {
   static_assert(sizeof(Pack) == 16);
   Pack p;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(p.word[0]), "=r"(p.word[1]), "=r"(p.word[2]), "=r"(p.word[3])
                : "l"(from));
   return p;
+}
+
+template <typename Pack>
+DEVICE Pack load_once(const Pack* from) {
+  static_assert(sizeof(Pack) == 16);
+  Pack p;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(p.word[0]), "=r"(p.word[1]), "=r"(p.word[2]), "=r"(p.word[3])
+               : "l"(from)
+               : "memory");
+  return p;
+}
+
+// Asks for memory to be brought into the second-level cache: address and bytes in multiples of 16.
+DEVICE void prefetch(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 template <typename T>

@@ -3,8 +3,8 @@
 //
 // A query at position p reads the keys of positions max(0, p − window) … p. They are divided at multiples of kSpan
 // positions among blocks of 128 threads (split-KV), because one sequence's cache must be read by many multiprocessors
-// at once. The cuts are at fixed positions: a query's numbers depend on its own keys alone, not on the batch, the
-// length of the table, or the chunk in which it came.
+// at once. The cuts are at fixed positions, and so is the lane that takes a key: a decoded token's numbers depend on its
+// own keys alone, not on the batch or the width of the table.
 //
 // In a block, eight lanes share a key: 16 bytes a lane and piece, so 4 keys a warp and 16 a block at a time, each with
 // up to two keys and two values on their way. Each group of eight lanes keeps its own maximum m, sum l and accumulator
@@ -93,10 +93,13 @@ struct Block {
 #pragma unroll
       for (int piece = 0; piece < PIECES; ++piece) {
         const T* from = static_cast<const T*>(p.q) + token * p.q_stride + static_cast<int64_t>(head) * p.dims;
+        constexpr int kOnce = WIDTH > 1 ? sizeof(Pack) / sizeof(T) : 1;  // elements of a 16-byte load
 #pragma unroll
-        for (int i = 0; i < WIDTH; ++i) {
-          const int d = dimension(piece) + i;
-          q[r][piece * WIDTH + i] = inside && d < p.dims ? widen(from[d]) * scale : 0.0f;
+        for (int i = 0; i < WIDTH; i += kOnce) {
+          float part[kOnce] = {};
+          if (inside && dimension(piece) < p.dims) load<T>(from + dimension(piece) + i, part);
+#pragma unroll
+          for (int j = 0; j < kOnce; ++j) q[r][piece * WIDTH + i + j] = part[j] * scale;
         }
       }
     }
@@ -110,8 +113,9 @@ struct Block {
       float part[WIDTH] = {};
       if (inside && d < p.dims) {
         if constexpr (WIDTH > 1) {
-          const Pack pack = load_stream(reinterpret_cast<const Pack*>(from + d));
-          const CacheT* element = reinterpret_cast<const CacheT*>(&pack);
+          const Pack pack = load_once(reinterpret_cast<const Pack*>(from + d));
+          CacheT element[WIDTH];
+          memcpy(element, &pack, sizeof(Pack));
 #pragma unroll
           for (int i = 0; i < WIDTH; ++i) part[i] = widen(element[i]);
         } else {
@@ -123,6 +127,14 @@ struct Block {
     }
   }
 
+  // Blocks of a power of two, the usual case, cost no division a key.
+  DEVICE int64_t slot_of(const int32_t* table, int key) const {
+    if (p.block_shift >= 0) {
+      return (static_cast<int64_t>(table[key >> p.block_shift]) << p.block_shift) + (key & (p.block_size - 1));
+    }
+    return static_cast<int64_t>(table[key / p.block_size]) * p.block_size + key % p.block_size;
+  }
+
   // Adds keys begin … end (inclusive) of the segment's sequence to the state; those before the oldest are not read.
   DEVICE void attend(const Segment& g, int tile_start, int kv_head, int begin, int end, State<ROWS, kHeld>& s) const {
     const int32_t* table = p.table + static_cast<int64_t>(g.sequence) * p.table_width;
@@ -132,8 +144,7 @@ struct Block {
       for (int u = 0; u < kUnroll; ++u) {
         const int key = base + u * kGroups + group;
         const bool inside = key <= end && key >= g.oldest;
-        const int64_t slot =
-            inside ? static_cast<int64_t>(table[key / p.block_size]) * p.block_size + key % p.block_size : 0;
+        const int64_t slot = inside ? slot_of(table, key) : 0;
         const int64_t entry = (slot * p.kv_heads + kv_head) * p.dims;
         load_entry(p.k_cache, entry, inside, k[u]);
         load_entry(p.v_cache, entry, inside, v[u]);
@@ -306,7 +317,8 @@ int rows_of(const PagedAttention& p) { return p.count == p.sequences && p.heads 
 
 bool wide(const PagedAttention& p) {
   const int bytes = p.cache_type == Type::float32 ? 4 : p.cache_type == Type::bfloat16 ? 2 : 1;
-  return p.dims * bytes % 16 == 0 && aligned(p.k_cache) && aligned(p.v_cache);
+  const int64_t q_row = p.q_stride * (p.type == Type::float32 ? 4 : 2);
+  return p.dims * bytes % 16 == 0 && q_row % 16 == 0 && aligned(p.q) && aligned(p.k_cache) && aligned(p.v_cache);
 }
 
 template <typename T, typename CacheT, int ROWS, int PIECES, int WIDTH>
@@ -356,7 +368,11 @@ PagedAttentionPlan plan_paged_attention(const PagedAttention& p) {
   return {tile, splits < 1 ? 1 : splits, divide_up(p.count, tile) * p.kv_heads * parts};
 }
 
-const char* paged_attention(const PagedAttention& p, CUstream_st* stream) {
+const char* paged_attention(const PagedAttention& asked, CUstream_st* stream) {
+  PagedAttention p = asked;
+  p.block_shift = 0;
+  while (1 << p.block_shift < p.block_size) ++p.block_shift;
+  if (1 << p.block_shift != p.block_size) p.block_shift = -1;
   if (p.dims > 256) return "paged_attention takes head sizes up to 256";
   if (p.splits > 65535) return "the table is too wide: at most 8,388,480 positions";
   if (p.type == Type::float32) return run<float, float>(p, stream);

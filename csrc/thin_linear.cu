@@ -86,7 +86,7 @@ struct Stream16 {
       for (int tile = 0; tile < TILES; ++tile) {
         const int row = output + tile * kColumns, at = k + (step + ahead) * kStep;
         const W* from = weight + static_cast<int64_t>(row) * inputs + at;
-        to[ahead][tile] = at < inputs && row < outputs ? load_stream(reinterpret_cast<const Pack*>(from)) : Pack{};
+        to[ahead][tile] = at < inputs && row < outputs ? load_constant(reinterpret_cast<const Pack*>(from)) : Pack{};
       }
     }
   }
@@ -135,9 +135,14 @@ thin_linear_kernel(ThinLinear p) {
                                group + 8 < p.rows ? x + (group + 8) * p.x_stride : nullptr};
   float total[TILES][4] = {};
   Pack now[Source::kAhead][TILES], next[Source::kAhead][TILES];
-  source.fetch(0, now);  // weights are nobody's result: the first are on their way while the last kernel ends
+  // Weights are nobody's result: while the last kernel ends, this block's rows are on their way to the second-level
+  // cache. (Loads that stand before the wait do not do: the assembler moves them behind it.)
+  if (thread < TILES * kColumns && first + thread < p.outputs) {
+    prefetch(source.weight + static_cast<int64_t>(first + thread) * p.inputs, p.inputs * sizeof(W));
+  }
   wait_for_previous_kernel();
   let_next_kernel_start();
+  source.fetch(0, now);
   const int steps = divide_up(p.inputs, Source::kStep);
   for (int step = 0; step < steps; step += Source::kAhead) {
     source.fetch(step + Source::kAhead, next);

@@ -3,9 +3,9 @@
     norm → W_qkv → rotate, norm, gate, cache write → attention → W_o → norm → W_fc, relu² → W_proj
 
 Up to 16 rows the matrix products are thin_linear, which reads the weights once in the format they are kept in: bf16, or
-FP8 and int8 at half the bytes; above, torch's products in bf16 (8-bit weights are widened for the call: a prompt is
-long enough to pay for that). The next token's memory traffic is weights plus the keys and values inside the windows; an
-FP8 cache halves the latter.
+FP8 and int8 at half the bytes; above, torch's products in bf16 (8-bit weights are widened for the call from 65 rows on:
+a prompt is long enough to pay for that). The next token's memory traffic is weights plus the keys and values inside the
+windows; an FP8 cache halves the latter.
 
 Everything but long prompts can be captured in a CUDA graph: shapes are fixed by the batch's, lengths and positions are
 read on the device. A float32 model runs too, on torch's products, so that results can be compared closely.
@@ -29,6 +29,7 @@ from nanochat_kernels.registry import Place
 from nanochat_kernels.thin_linear import MULTIPLE, ROWS, quantize
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+CHUNKS = 4  # of 16 rows for which 8-bit weights are read again: still fewer bytes than to widen them for torch
 PROMPT = 8  # new tokens per sequence from which torch's attention is taken: the kernel reads a key once per four tokens
 
 
@@ -51,9 +52,10 @@ class Weight:
 
     def product(self, x: Tensor, epilogue: str = "none") -> Tensor:
         """(N, outputs) of x (N, inputs): in x's dtype, float32 after the softcap."""
-        thin = x.dtype == torch.bfloat16 and x.size(0) <= ROWS and x.size(1) % MULTIPLE == 0
-        if thin:
-            return native_cuda.thin_linear(x, self.data, self.scale, epilogue, SOFTCAP)
+        most = ROWS if self.scale is None else CHUNKS * ROWS
+        if x.dtype == torch.bfloat16 and x.size(0) <= most and x.size(1) % MULTIPLE == 0:
+            parts = [native_cuda.thin_linear(p, self.data, self.scale, epilogue, SOFTCAP) for p in x.split(ROWS)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
         y = F.linear(x, self.data.to(x.dtype))
         if self.scale is not None:
             y = (y.float() * self.scale).to(x.dtype)

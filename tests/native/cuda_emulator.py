@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 STALE = 3600  # seconds after which what no longer fits the sources is deleted
-FLAGS = ("-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++20", "-O2", "-fno-strict-aliasing", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
 @functools.cache  # sources that change meanwhile do not make a second one in this process

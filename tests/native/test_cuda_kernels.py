@@ -247,6 +247,44 @@ def test_the_emulator_sees_missing_barriers_and_lost_threads(tmp_path):
 
 
 @pytest.mark.gpu
+def test_a_captured_draw_follows_its_tensors_and_the_softmax():
+    """One graph, replayed with other positions: a million draws of a row, χ² against its truncated softmax."""
+    rows, vocabulary, replays = 4096, 64, 256
+    logits = (torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(3)) * 1.5).cuda().expand(rows, -1)
+    static = {
+        "logits": logits.contiguous(),
+        "seeds": torch.arange(rows, device="cuda"),
+        "positions": torch.zeros(rows, dtype=torch.int64, device="cuda"),
+        "temperature": torch.full((rows,), 0.9, device="cuda"),
+        "top_k": torch.full((rows,), 20, dtype=torch.int64, device="cuda"),
+        "top_p": torch.full((rows,), 0.95, device="cuda"),
+        "min_p": torch.full((rows,), 0.01, device="cuda"),
+    }
+    native_cuda.sample(**static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        drawn = native_cuda.sample(**static)
+    counts = torch.zeros(vocabulary, dtype=torch.int64, device="cuda")
+    for position in range(replays):
+        static["positions"].fill_(position)
+        graph.replay()
+        counts += torch.bincount(drawn, minlength=vocabulary)
+    static["positions"].fill_(0)
+    graph.replay()
+    assert torch.equal(drawn, sample_reference(**static))
+    ordered, order = (logits[0].double() / 0.9).sort(descending=True)
+    ordered[20:] = -torch.inf
+    share = ordered.softmax(0)
+    kept = (share.cumsum(0) - share < 0.95) & (share >= 0.01 * share[0])
+    expected = torch.zeros_like(share).index_copy(0, order, torch.where(kept, share, 0.0) / share[kept].sum())
+    assert not counts[expected == 0].any()
+    expected, counts = expected[expected > 0] * rows * replays, counts[expected > 0].double()
+    statistic, freedom = float(((counts - expected).square() / expected).sum()), expected.numel() - 1
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.gpu
 def test_every_backend_on_this_gpu():
     from nanochat_kernels import verify
 

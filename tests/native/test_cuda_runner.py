@@ -61,14 +61,14 @@ class Sequences:
         return StepBatch(long(tokens), long(previous), long(positions), *counts, self.tables, outputs)
 
 
-def steps(longest=100, rows=3):
+def steps(first=33, longest=100, rows=3):
     """A prompt in chunks, decoding, a draft, padding; past the window (unless shortened), over block boundaries."""
     generator = torch.Generator().manual_seed(0)
 
     def some(count):
         return torch.randint(0, 265, (count,), generator=generator).tolist()
 
-    yield [some(7), some(33), some(1)]
+    yield [some(7), some(first), some(1)]
     yield [some(1), some(longest), some(16)]
     for _ in range(3):
         yield [some(1) for _ in range(rows)]
@@ -100,7 +100,7 @@ def test_in_16_and_8_bits_the_error_is_of_the_formats_size(emulator, weights, fp
     dtypes = [torch.float32, torch.bfloat16, runners[2].cache_dtype]
     sequences = [Sequences(model.config, 3, dtype) for dtype in dtypes]
     errors = torch.zeros(2)
-    for new in steps(longest=10):
+    for new in steps(first=10, longest=4):
         truth, *logits = (runner(s.batch(new), s.cache) for runner, s in zip(runners, sequences, strict=True))
         errors += torch.stack([(x - truth).square().mean() for x in logits])
     plain, ours = errors.sqrt().tolist()
