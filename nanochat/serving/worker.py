@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # torch takes seconds to import
     from nanochat.inference.runner import WeightsName
 
 STATS_EVERY = 0.25  # seconds, while there is work
+YIELD = 5  # niceness on a CPU, which the front shares: it needs little, but at once
 
 log = logging.getLogger("nanochat.worker")
 
@@ -92,6 +93,8 @@ class EngineSpec:
         device, why = runtime.choose_device(cast(runtime.DeviceName, self.device), self.index % gpus if gpus else 0)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        elif hasattr(os, "nice"):
+            os.nice(YIELD)
         dtype, why_dtype = runtime.choose_dtype(cast(runtime.DtypeName, self.dtype), device)
         machine = runtime.Runtime(device, dtype, reasons={"device": why, "dtype": why_dtype})
         loaded = load(machine, cast(StageName, self.stage), self.tag, self.step, self.kernels)
