@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.errors import UsageError
 from nanochat.model.config import GPTConfig
+from nanochat.model.fp8 import Fp8, Fp8Layer, fp8_block
 from nanochat_kernels import KernelPlan
 
 SMEAR_CHANNELS = 24  # of a token's embedding decide how much of the previous one it takes
@@ -102,9 +103,14 @@ class Attention(nn.Module):
 
     def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated, normalised queries (B,T,H,D) and keys, and values (B,T,G,D) of the normed input x (B,T,C)."""
-        q = self.q(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k(x).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v(x).unflatten(-1, (self.kv_heads, self.head_dim))
+        return self.rotated(self.q(x), self.k(x), self.v(x), x, cos, sin, ve)
+
+    def rotated(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The projections (B,T,H·D), (B,T,G·D), (B,T,G·D) as `qkv` returns them. x: the channels that gates read."""
+        q = q.unflatten(-1, (self.heads, self.head_dim))
+        k, v = (t.unflatten(-1, (self.kv_heads, self.head_dim)) for t in (k, v))
         gate = self.gate(x[..., :GATE_CHANNELS]) if self.gate is not None else None
         return self.plan.rope_qk_norm(q, k, v, cos, sin, ve=ve, gate=gate, scale=self.qk_scale)
 
@@ -154,9 +160,12 @@ class Block(nn.Module):
         window: int,
         cache: Cache | None = None,
         layer: int = 0,
+        fp8: Fp8Layer | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x, delta, x0: (B,T,C). scales: this layer's factors of the stream and of x0. ve: (B,T,G·D)."""
         scale, x0_scale = scales if scales is not None else (None, None)
+        if fp8 is not None:
+            return fp8_block(self, fp8, x, delta, x0, (scale, x0_scale), rope, ve, window)
         y, x = self.plan.rms_norm(x, delta, scale, x0, x0_scale)
         if cache is None:
             attended = self.attn(y, *rope, ve, window)
@@ -181,6 +190,7 @@ class GPT(nn.Module):
         plan = KernelPlan.reference() if plan is None else plan
         self.config, self.plan, self.dtype = config, plan, dtype
         self.checkpoint_activations = False
+        self.fp8: Fp8 | None = None  # set where products with a gradient are to be FP8's
         rows, table_dtype = config.padded_vocab_size, torch.float32 if dtype == torch.float16 else dtype
         self.wte = Embedding(rows, config.width, table_dtype)
         self.blocks = nn.ModuleList(Block(config, i, plan) for i in range(config.layers))
@@ -275,8 +285,9 @@ class GPT(nn.Module):
             ve = self.value_embeds[str(i)](idx).to(x.dtype) if config.has_value_embedding(i) else None
             scales = (self.resid_scale[i], self.x0_scale[i]) if config.is_current else None
             first = x0 if config.is_current else None
-            cached = () if cache is None else (cache, i)  # a layer number would compile every block anew in training
-            arguments = (x, delta, first, scales, rope, ve, config.windows[i], *cached)
+            layer = 0 if cache is None else i  # which would compile every block anew in training
+            fp8 = self.fp8.layers[i] if self.fp8 and torch.is_grad_enabled() else None
+            arguments = (x, delta, first, scales, rope, ve, config.windows[i], cache, layer, fp8)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, delta = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

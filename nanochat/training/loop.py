@@ -93,8 +93,12 @@ class Stepper:
                 raise self._forward_failed(step, loss.item(), batch)  # reading costs nothing here, weights are intact
             total = loss.detach() if total is None else total + loss.detach()
             (loss * (share * self.scaler.scale if self.scaler else share)).backward()
+            if self.model.fp8:
+                self.model.fp8.observe()
         skip = self.scaler.unscale(self.parameters) if self.scaler else False
         self.optimizer.step(rates, skip)
+        if self.model.fp8:
+            self.model.fp8.advance()
         assert total is not None
         norm_squared = torch.zeros_like(total) if skip else self.optimizer.grad_norm_squared()
         loss_mean, norm_squared_sum, stop = self._read(total * share, norm_squared, stop_asked)

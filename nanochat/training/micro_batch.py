@@ -105,6 +105,8 @@ def fits(model: GPT, rows: int, runtime: Runtime) -> bool:
     except torch.OutOfMemoryError:
         free = 0.0
     model.zero_grad(set_to_none=True)
+    if model.fp8:
+        model.fp8.forget()
     torch.cuda.empty_cache()
     if runtime.distributed:
         agreed = torch.tensor(free, device=runtime.device)

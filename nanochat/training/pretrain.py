@@ -59,6 +59,8 @@ class PretrainConfig:
     """Where to train."""
     dtype: runtimes.DtypeName = "auto"
     """Compute dtype; float16 trains with a loss scaler."""
+    fp8: bool = False
+    """The blocks' matrix products in FP8 (Ada, Hopper and later GPUs; emulated on a CPU). Evaluation is not."""
     kernels: str = "auto"
     """auto, torch, fused, and/or op=backend pairs, separated by commas."""
     compile: Compile = "auto"
@@ -121,7 +123,8 @@ class Pretraining(Stage):
         self.open_run(config.tag or f"d{config.depth}")
         self.horizon = self._plan_horizon()
         self.check_same_run(self._identity())
-        self.make_model(self.model_config, self.horizon.lr_scale, self.horizon.muon_decay, source=None)
+        rates = self.horizon.lr_scale, self.horizon.muon_decay
+        self.make_model(self.model_config, *rates, source=None, fp8=config.fp8)
         per_rank = micro_batch.rows_per_rank(self.horizon.batch_tokens, config.seq_len, runtime.world_size)
         self.rows, self.rows_reason = self.choose_rows(per_rank)
 
@@ -153,7 +156,7 @@ class Pretraining(Stage):
             "batch_tokens": self.horizon.batch_tokens,
             "steps": self.horizon.steps,
             "ratio": self.config.ratio,
-            "dtype": self.dtype_name,
+            "dtype": self.dtype_name + ("+fp8" if self.config.fp8 else ""),
             "seed": self.config.seed,
         }
 
@@ -216,5 +219,7 @@ class Pretraining(Stage):
             f"{per_rank // self.rows} per step and rank; compiled blocks: {'yes' if self.compiled else 'no'}\n"
             f"{self.kernels_text()}"
         )
+        if self.model.fp8 and self.model.fp8.emulated:
+            self.say("fp8: emulated; the numbers are those of FP8 training, the speed is not")
         if start:
             self.say(f"going on from step {start}")

@@ -27,6 +27,7 @@ from nanochat import runtime as runtimes
 from nanochat.errors import NanochatError, UsageError
 from nanochat.model import checkpoint, costs
 from nanochat.model.config import GPTConfig
+from nanochat.model.fp8 import Fp8
 from nanochat.model.gpt import GPT
 from nanochat.runtime import Runtime, base_dir
 from nanochat.tokenizer import Tokenizer
@@ -203,6 +204,7 @@ class Stage:
         muon_decay: float,
         source: tuple[Path, int] | None,
         moments: bool = True,
+        fp8: bool = False,
     ) -> None:
         """The model and its optimizer: from this run's checkpoint, else from `source` (folder, step), else drawn anew.
 
@@ -226,9 +228,13 @@ class Stage:
         parameters = dict(self.model.named_parameters())
         groups = parameter_groups(parameters, model_config.width, lr_scale, muon_decay)
         self.optimizer = MuonAdamW(parameters, groups, self.plan, runtime)
+        self.model.fp8 = Fp8(self.model) if fp8 else None
         if source is not None and (moments or self.start is not None):
             if checkpoint.has_optimizer(*source):
-                self.optimizer.load_state_dict(checkpoint.load_optimizer(*source))
+                saved = checkpoint.load_optimizer(*source)
+                self.optimizer.load_state_dict(saved)
+                if self.model.fp8:
+                    self.model.fp8.load_state_dict(saved)
             else:
                 self.say(f"{source[0]} was imported without an optimizer's state: the moments start at zero")
         self.model.checkpoint_activations = config.checkpoint_activations
@@ -317,6 +323,8 @@ class Stage:
 
     def save(self, step: int) -> None:
         optimizer_state = self.optimizer.state_dict()
+        if self.model.fp8:
+            optimizer_state |= self.model.fp8.state_dict()
         meta = {
             "stage": self.name,
             "config": self.model_config.to_dict(),
