@@ -35,18 +35,19 @@ def paged_attention_reference(
     table: (S, M) int32; starts: (S + 1,) int32, beginning with 0 and ending with N; lengths: (S,) int32, the new tokens
     included. Query head h reads key/value head h div (H/G).
     """
-    n, h, d = q.shape
-    group = h // k_cache.size(2)
+    group, scale = q.size(1) // k_cache.size(2), 1 / math.sqrt(q.size(2))
     out = torch.zeros_like(q)
     for first, last, position, blocks in _sequences(table, starts, lengths):
-        for i in range(first, last):  # one query at a time: what it sees needs no mask
-            p = position + i - first
-            if p < 0:
-                continue
-            oldest = max(0, p - window)
-            k, v = (_gather(cache, blocks, oldest, p + 1).repeat_interleave(group, 1) for cache in (k_cache, v_cache))
-            scores = wide(torch.einsum("hd,khd->hk", q[i], k)) / math.sqrt(d)
-            out[i] = torch.einsum("hk,khd->hd", scores.softmax(-1).to(q.dtype), v)
+        begin, end = max(position, 0), position + last - first  # what comes before position 0 is padding
+        if begin >= end:
+            continue
+        oldest, rows = max(0, begin - window), slice(first + begin - position, last)
+        k, v = (_gather(cache, blocks, oldest, end).repeat_interleave(group, 1) for cache in (k_cache, v_cache))
+        at = torch.arange(oldest, end, device=q.device)
+        distance = at[begin - oldest :, None] - at
+        scores = wide(torch.einsum("thd,khd->htk", q[rows], k)) * scale
+        scores = scores.masked_fill((distance < 0) | (distance > window), -math.inf)
+        out[rows] = torch.einsum("htk,khd->thd", scores.softmax(-1).to(q.dtype), v)
     return out
 
 
@@ -151,7 +152,11 @@ paged_attention = Op(
     cuda="nanochat_kernels.native_cuda:paged_attention",
     available={"native": on_cpu, "cuda": needs_cuda_ops},
     custom=("native", "cuda"),
-    auto=(("sdpa", lambda place: True, "fused softmax over each sequence's keys"),),
+    auto=(
+        ("native", lambda place: place.device.type == "cpu", "reads the blocks where they are"),
+        ("cuda", lambda place: place.device.type == "cuda", "reads the blocks where they are, waits for nobody"),
+        ("sdpa", lambda place: True, "fused softmax over each sequence's keys"),
+    ),
     cases=_cases,
     cost=_cost,
 )

@@ -464,14 +464,12 @@ def batch_of(works: Sequence[Work], device: torch.device) -> StepBatch:
         starts.append(len(tokens))
         if work.finishes:
             outputs += range(len(tokens) - work.drafts - 1, len(tokens))
-    held = [work.sequence.held for work in works]
-    width = max(h.blocks for h in held if h is not None)
-    tables = (
-        np.stack([np.frombuffer(h.tables[group], dtype=np.int32)[:width] for h in held if h is not None])
-        for group in (FULL, WINDOW)
-    )
-    full, window = (torch.from_numpy(table).to(device) for table in tables)
-    ids, before, at, wanted = (torch.tensor(x, device=device) for x in (tokens, previous, positions, outputs))
-    lengths = [work.start + work.count for work in works]
-    first, length = (torch.tensor(x, dtype=torch.int32, device=device) for x in (starts, lengths))
-    return StepBatch(ids, before, at, first, length, (full, window), wanted.long())
+    held = [work.sequence.held for work in works if work.sequence.held is not None]
+    width = max(h.blocks for h in held)
+    tables = [np.frombuffer(h.tables[group], np.int32, width) for group in (FULL, WINDOW) for h in held]
+    lists = (tokens, previous, positions, outputs, starts, [work.start + work.count for work in works])
+    numbers = np.fromiter(itertools.chain(*lists), np.int32, sum(map(len, lists)))
+    packed = torch.from_numpy(np.concatenate([numbers, *tables])).to(device)  # one copy to the device
+    *parts, full, window = packed.split([*map(len, lists), len(held) * width, len(held) * width])
+    ids, before, at, wanted = (part.long() for part in parts[:4])
+    return StepBatch(ids, before, at, parts[4], parts[5], (full.view(-1, width), window.view(-1, width)), wanted)

@@ -184,7 +184,9 @@ class Scheduler:
         sequence.held = self.blocks.open()
         before = sequence.adopted
         count = self._chunk(sequence, room)
-        owed = [sum(debts) for debts in zip(*map(self._debt, (*self.running, sequence)), strict=True)]
+        # With company, everyone is also left a block to grow into: who is admitted should not be preempted at once.
+        more = self.blocks.block_size if self.running else 1
+        owed = [sum(debts) for debts in zip(*(self._debt(s, more) for s in (*self.running, sequence)), strict=True)]
         fits = all(debt <= len(pool.free) for debt, pool in zip(owed, self.blocks.pools, strict=True))
         if not (fits and self.blocks.grow(sequence.held, sequence.computed, sequence.computed + count)):
             self._give_back(sequence)
@@ -197,12 +199,12 @@ class Scheduler:
         self._name(work)
         return work
 
-    def _debt(self, sequence: Sequence) -> tuple[int, int]:
-        """Blocks of each group that the tokens a sequence has, and one more, still need."""
+    def _debt(self, sequence: Sequence, more: int) -> tuple[int, int]:
+        """Blocks of each group that the tokens a sequence has, and so many more, still need."""
         held = sequence.held
         if held is None:
             return 0, 0
-        missing = self.blocks.missing(held, len(sequence.tokens) + 1)
+        missing = self.blocks.missing(held, len(sequence.tokens) + more)
         return missing, min(missing, self.window_limit - (held.blocks - held.hidden)) if self.blocks.windowed else 0
 
     def _name(self, work: Work) -> None:

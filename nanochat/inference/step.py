@@ -78,6 +78,11 @@ class TorchRunner:
             for block in self._blocks()
         ]
 
+    @property
+    def capturable(self) -> bool:
+        """Can a step be captured in a CUDA graph, because no op of it looks at its inputs on the host?"""
+        return self.model.device.type == "cuda" and self.plan.choices["paged_attention"].backend == "cuda"
+
     def _blocks(self) -> Iterable[Block]:
         return cast("Iterable[Block]", self.model.blocks)
 

@@ -18,6 +18,8 @@ from nanochat.evaluation.tasks.choice import ChoiceTask, lettered
 from nanochat.inference.engine import Engine
 from nanochat.inference.sampling import SamplingParams
 from nanochat.model import checkpoint
+from nanochat.model.gpt import GPT
+from nanochat_kernels import KernelPlan
 
 PARAMS = SamplingParams(temperature=1.0, max_tokens=5, seed=1)
 
@@ -75,6 +77,26 @@ def test_generated_answers_do_not_depend_on_the_batch(model, tokenizer):
     assert fewer.correct == scores[0].correct[:3]
     other = evaluate_task(engine, Bytes(), replace(PARAMS, seed=2), samples=4)
     assert other.correct != scores[0].correct
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_greedy_answers_are_those_of_one_problem_at_a_time(model, tokenizer, kernels, monkeypatch):
+    """Every answer's text, as it is handed to the grader, against the reference engine."""
+    served = GPT(model.config, KernelPlan.resolve(kernels, mode="decode"))
+    served.load_state_dict(model.state_dict())
+    task, heard = Bytes(12, long=(4,)), {}
+
+    def evaluate(item, text):
+        heard[len(question_of(item)[0]["content"])] = text
+        return True
+
+    monkeypatch.setattr(task, "evaluate", evaluate)
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    evaluate_task(Engine(served.eval(), tokenizer), task, params, batch_rows=5)
+    engine = Engine(model, tokenizer)
+    asked = [question_of(task[index]) for index in range(12) if index != 4]
+    expected = {len(q[0]["content"]): engine.generate([render_prompt(tokenizer, q)], params)[0][0].text for q in asked}
+    assert heard == expected and len(set(expected.values())) > 6
 
 
 def test_problems_that_do_not_fit_are_wrong_and_counted(model, tokenizer):
