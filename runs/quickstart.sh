@@ -50,6 +50,7 @@ cat <<END
 Done in $(((SECONDS - begin) / 60)) minutes and $(((SECONDS - begin) % 60)) seconds.
   read      $base/report/report.html
   talk      source .venv/bin/activate && nanochat chat
+  serve     pip install --no-build-isolation -e '.[serve]' && nanochat serve    (a web page and OpenAI's API)
   practice  RL_STEPS=100 makes it better at word problems (delete $base/rl_checkpoints/$tag first)
   larger    DEPTH=6 bash runs/quickstart.sh; on a GPU with real text: nanochat data, tok-train, train, sft, rl
   your own  nanochat sft --data builtin+jsonl:PATH --tag mine
