@@ -140,7 +140,7 @@ def speedups(rows: Sequence[Row]) -> str | None:
         axis.barh(0, 0, color=COLORS[number % len(COLORS)], label=name)
     axis.set_yticks([position for position, _ in labels], [text for _, text in labels], fontsize=6.5)
     axis.invert_yaxis()
-    axis.legend(fontsize=7, frameon=False, loc="lower right")
+    axis.legend(fontsize=7, frameon=False, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axis.set(xlabel="times the reference's speed", xscale="log")
     axis.xaxis.set_major_formatter("{x:g}")
     return svg(drawn)
@@ -246,8 +246,8 @@ def kernels_table(rows: Sequence[Row]) -> Table | None:
             base = sides.get("torch")
             ratio = f"{base['median'] / row['median']:.2f}×" if base and who != "torch" else ""
             shares = (percent(row.get(f"{share}_share")) for share in ("bandwidth", "flops", "roofline"))
-            lines.append((name, dtype, mode, who, harness.human(row["median"]) + mark(row), ratio, *shares))
-    headers = ("op · case", "dtype", "mode", "backend", "median", "against torch", "bandwidth", "FLOP/s", "roofline")
+            lines.append((name, f"{mode} {dtype}", who, harness.human(row["median"]) + mark(row), ratio, *shares))
+    headers = ("op · case", "where", "backend", "median", "against torch", "bandwidth", "FLOP/s", "roofline")
     return Table(headers, tuple(lines)) if lines else None
 
 
@@ -303,7 +303,7 @@ def device_blocks(device: str, rows: Sequence[Row]) -> Iterator[Block]:
     limits = next((row["ceilings"] for row in reversed(latest) if "ceilings" in row), {})
     yield Heading(str(last.get("device_name", device)), f"{device}, {last.get('threads')} thread(s)")
     facts = [("bandwidth", f"{limits['bandwidth'] / 1e9:,.1f} GB/s")] if limits else []
-    facts += [(name, f"{rate / 1e9:,.0f} GFLOP/s") for name, rate in limits.items() if name.startswith("gemm")]
+    facts += [(name, f"{number(rate / 1e9)} GFLOP/s") for name, rate in limits.items() if name.startswith("gemm")]
     yield Facts((*facts, ("figures", str(len(latest))), ("newest commit", str(last.get("commit", "")))))
     if any(not row.get("quiet", True) for row in latest):
         yield Heading("", "† taken while other work ran on the machine: good for finding faults, not for quoting")
