@@ -23,8 +23,9 @@ with any strides before D, so q, k and v may be views of one product. Exponentia
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import triton
@@ -32,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nanochat_kernels import autotune
 from nanochat_kernels.compiled import Build
 
 LOG2_E = math.log2(math.e)
@@ -238,13 +240,13 @@ class Launch:
     num_stages: int
 
 
-SHIPPED = {  # (kernel, block of D)
-    ("forward", 64): Launch(128, 128, 8, 3),
-    ("forward", 128): Launch(128, 64, 8, 3),
-    ("dkdv", 64): Launch(64, 128, 8, 3),
-    ("dkdv", 128): Launch(64, 128, 8, 2),
-    ("dq", 64): Launch(128, 64, 8, 3),
-    ("dq", 128): Launch(128, 64, 8, 2),
+CANDIDATES = {  # (kernel, block of D): the shipped one, then what autotune.py may find faster
+    ("forward", 64): (Launch(128, 128, 8, 3), Launch(128, 64, 8, 3)),
+    ("forward", 128): (Launch(128, 64, 8, 3), Launch(128, 128, 8, 2), Launch(64, 64, 4, 3)),
+    ("dkdv", 64): (Launch(64, 128, 8, 3), Launch(64, 64, 4, 3)),
+    ("dkdv", 128): (Launch(64, 128, 8, 2), Launch(32, 128, 8, 2)),
+    ("dq", 64): (Launch(128, 64, 8, 3), Launch(128, 128, 8, 2)),
+    ("dq", 128): (Launch(128, 64, 8, 2), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2)),
 }
 SMALL = Launch(32, 32, 4, 2)  # float32 and short sequences
 
@@ -256,11 +258,21 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     return torch.ops.nanochat.attention(q, k, v, window)[0]
 
 
-def _launch(kernel: str, q: Tensor) -> dict[str, int]:
-    block_d = max(16, triton.next_power_of_2(q.size(-1)))
-    small = q.element_size() > 2 or q.size(1) <= 64
-    choice = SMALL if small else SHIPPED.get((kernel, max(block_d, 64)), SMALL)
-    return {**asdict(choice), "HEAD_D": q.size(-1), "BLOCK_D": block_d}
+def _tuned(kernel: str, q: Tensor, window: int, run: Callable[[Launch], None]) -> None:
+    """Runs with the configuration that autotune.py picks for these shapes."""
+    block_d, t = _block_d(q), q.size(1)
+    small = q.element_size() > 2 or t <= 64
+    candidates = (SMALL,) if small else CANDIDATES.get((kernel, max(block_d, 64)), (SMALL,))
+    key = f"{q.dtype} D{block_d} T{t} window {min(window, t)}"
+    run(autotune.choose(f"attention {kernel}", key, candidates, run, q.device))
+
+
+def _block_d(q: Tensor) -> int:
+    return max(16, triton.next_power_of_2(q.size(-1)))
+
+
+def _constants(launch: Launch, q: Tensor) -> dict[str, int]:
+    return {**asdict(launch), "HEAD_D": q.size(-1), "BLOCK_D": _block_d(q)}
 
 
 def _sizes(q: Tensor, k: Tensor, window: int) -> tuple[int, int, int, int]:
@@ -282,22 +294,21 @@ def _rows(x: Tensor, block: int, block_d: int) -> TensorDescriptor:
     return TensorDescriptor(x, [b, h, t, d], strides, [1, 1, block, block_d])
 
 
-def _tiles(launch: dict[str, int], queries: tuple[Tensor, ...], keys: tuple[Tensor, ...]) -> list[TensorDescriptor]:
-    """Tensors by query and by key, to be read in the tiles of a launch."""
-    sides = ((queries, launch["BLOCK_M"]), (keys, launch["BLOCK_N"]))
-    return [_rows(x, block, launch["BLOCK_D"]) for tensors, block in sides for x in tensors]
-
-
 @torch.library.custom_op("nanochat::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """(out, lse): lse (B, H, T) float32 in units of log 2, for the backward pass."""
     q, k, v = (_readable(x) for x in (q, k, v))
     b, t, h, d = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((b, h, t), dtype=torch.float32)
-    launch = _launch("forward", q)
-    _attention_fwd_kernel[(triton.cdiv(t, launch["BLOCK_M"]), b * h)](
-        *_tiles(launch, (q,), (k, v)), out, lse, *_sizes(q, k, window), LOG2_E * d**-0.5, **launch
-    )
+    sizes = (*_sizes(q, k, window), LOG2_E * d**-0.5)
+
+    def forward(launch: Launch) -> None:
+        by_query, by_key = (launch.BLOCK_M, _block_d(q)), (launch.BLOCK_N, _block_d(q))
+        _attention_fwd_kernel[(triton.cdiv(t, launch.BLOCK_M), b * h)](
+            _rows(q, *by_query), _rows(k, *by_key), _rows(v, *by_key), out, lse, *sizes, **_constants(launch, q)
+        )
+
+    _tuned("forward", q, window, forward)
     return out, lse
 
 
@@ -318,15 +329,21 @@ def _attention_backward(
     delta = torch.empty_like(lse)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     sizes = (*_sizes(q, k, window), LOG2_E * d**-0.5, d**-0.5)
-    by_key, by_query = _launch("dkdv", q), _launch("dq", q)
-    block = {name: by_query[name] for name in ("BLOCK_M", "HEAD_D", "BLOCK_D")}
-    _attention_delta_kernel[(triton.cdiv(t, block["BLOCK_M"]), b * h)](out, dout, delta, t, h, **block)
-    for kernel, launch, grid, results in (
-        (_attention_dkdv_kernel, by_key, (triton.cdiv(t, by_key["BLOCK_N"]), b * k.size(2)), (dk, dv)),
-        (_attention_dq_kernel, by_query, (triton.cdiv(t, by_query["BLOCK_M"]), b * h), (dq,)),
-    ):
-        q_rows, dout_rows, k_rows, v_rows = _tiles(launch, (q, dout), (k, v))
-        kernel[grid](q_rows, k_rows, v_rows, dout_rows, lse, delta, *results, *sizes, **launch)
+    tile = {"HEAD_D": d, "BLOCK_D": _block_d(q)}
+    _attention_delta_kernel[(triton.cdiv(t, 64), b * h)](out, dout, delta, t, h, BLOCK_M=64, **tile)
+
+    def launch_over(kernel: Any, grid: Callable[[Launch], tuple[int, int]], *results: Tensor) -> Callable:
+        def run(launch: Launch) -> None:
+            m, n = (launch.BLOCK_M, _block_d(q)), (launch.BLOCK_N, _block_d(q))
+            rows = (_rows(q, *m), _rows(k, *n), _rows(v, *n), _rows(dout, *m))
+            kernel[grid(launch)](*rows, lse, delta, *results, *sizes, **_constants(launch, q))
+
+        return run
+
+    by_key = launch_over(_attention_dkdv_kernel, lambda c: (triton.cdiv(t, c.BLOCK_N), b * k.size(2)), dk, dv)
+    _tuned("dkdv", q, window, by_key)
+    by_query = launch_over(_attention_dq_kernel, lambda c: (triton.cdiv(t, c.BLOCK_M), b * h), dq)
+    _tuned("dq", q, window, by_query)
     return dq, dk, dv
 
 
@@ -352,11 +369,12 @@ _attention.register_autograd(_backward, setup_context=_setup)
 def shipped() -> Iterator[Build]:
     """The launches of training in bf16, for head sizes 64 and 128; a window only moves the bounds of loops."""
     kernels = {"forward": _attention_fwd_kernel, "dkdv": _attention_dkdv_kernel, "dq": _attention_dq_kernel}
-    for (kind, d), launch in SHIPPED.items():
+    for kind, d, launch in ((kind, d, c) for (kind, d), candidates in CANDIDATES.items() for c in candidates):
         kernel = kernels[kind]
         constants: dict[str, object] = {"HEAD_D": d, "BLOCK_M": launch.BLOCK_M, "BLOCK_N": launch.BLOCK_N, "BLOCK_D": d}
         arguments = {name: _type(name, launch, d) for name in kernel.arg_names if name not in constants}
-        name = f"attention {kind} {d}"
+        shape = f"{launch.BLOCK_M}x{launch.BLOCK_N} {launch.num_stages} stages"
+        name = f"attention {kind} {d} {shape}"
         odd = ("heads", "group")
         yield Build(name, kernel, arguments, constants, launch.num_warps, odd, launch.num_stages)
 

@@ -249,7 +249,7 @@ def main(config: VerifyConfig) -> int:
     from nanochat_kernels import OPS, KernelUnavailable, compiled
 
     if config.compile:
-        return compiled.run(config.compile, config.record)
+        return compiled.run(config.compile, config.record, config.ops)
     for name in config.ops:
         if name not in OPS:
             raise KernelUnavailable(name, "?", "no such op", f"ops are {', '.join(OPS)}")
