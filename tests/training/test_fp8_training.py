@@ -1,5 +1,7 @@
 """`nanochat train --fp8`: the loss curve, a kill, ranks, and what is refused."""
 
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from nanochat.errors import UsageError
 from nanochat.model import checkpoint
 from nanochat.model.fp8 import STATE
-from nanochat.training import pretrain
+from nanochat.training import metrics, pretrain
 from tests.training.test_pretrain import TINY, folder_of, losses, script
 
 FP8 = replace(TINY, fp8=True, tag="fp8", eval_every=0)
@@ -30,21 +32,18 @@ def history(folder):
     return checkpoint.load_optimizer(folder)[STATE]
 
 
-def test_the_curve_is_that_of_full_precision(base, whole, capsys):
-    pretrain.run(replace(FP8, fp8=False, tag="full"))
-    full, fp8 = losses(folder_of(base, "full")), losses(whole)
+def test_the_curve_is_that_of_full_precision(base, one_thread):
+    config = replace(FP8, batch_tokens=8 * 32, rows=8, steps=60, save_every=0)
+    for tag, fp8 in (("fp8", True), ("full", False)):
+        pretrain.run(replace(config, tag=tag, fp8=fp8))
+    full, fp8 = (losses(folder_of(base, tag)) for tag in ("full", "fp8"))
     assert fp8 != full  # it was FP8
-    assert full[-1] < full[0] - 0.3
+    assert sum(full[-5:]) / 5 < full[0] - 0.4  # and something was learned
     assert max(abs(a - b) for a, b in zip(fp8, full, strict=True)) < 0.02 * full[0]
-    assert (history(whole)[: len(fp8)] > 0).any(dim=0).all()
+    assert (history(folder_of(base, "fp8")) > 0).all()
 
 
 def test_killed_and_resumed_the_history_is_the_same(base, whole, spawn_ranks, one_thread):
-    import signal
-    import time
-
-    from nanochat.training import metrics
-
     config = replace(FP8, save_every=3)
     folder = folder_of(base, "fp8")
     (process,) = spawn_ranks(script(config), ["fp8"])
