@@ -33,7 +33,6 @@ class Part:
 
 
 def cpu_parts(peer: tuple[str, ...], data: tuple[str, ...], corpus: tuple[str, ...]) -> list[Part]:
-    # without a peer two rounds of a few steps say enough
     return [
         Part("kernels", ("--step", "d4", "--seconds", "0.3"), 4),
         Part("train", ("--depth", "4", "--steps", "4", *peer), 5 if peer else 2),
@@ -50,6 +49,7 @@ def cpu_parts(peer: tuple[str, ...], data: tuple[str, ...], corpus: tuple[str, .
 
 
 def gpu_parts(peer: tuple[str, ...], data: tuple[str, ...], corpus: tuple[str, ...]) -> list[Part]:
+    d24 = ("--depth", "24", "--seq-len", "2048", "--rows", "16", "--steps", "10", "--compile")
     d12 = ("--depth", "12", "--seq-len", "2048", "--rows", "32", "--steps", "20", "--compile")
     return [
         Part("kernels", (), 6),
@@ -59,21 +59,10 @@ def gpu_parts(peer: tuple[str, ...], data: tuple[str, ...], corpus: tuple[str, .
         Part("kernels", ("--step", "d12", "--seq-len", "2048", "--rows", "32", "--compile"), 8),
         Part("estimator", ("--depth", "12", "--seq-len", "2048", "--rows", "32", "--mode", "train-compiled"), 1),
         Part("serve", ("--depth", "20"), 4),
-        Part(
-            "train",
-            ("--depth", "24", *d12[2:4], "--rows", "16", "--steps", "10", "--compile", "--rounds", "1", *peer),
-            8,
-        ),
+        Part("train", (*d24, "--dtype", "bfloat16", "fp8", "--rounds", "1", *peer), 9),
         Part("train", (*d12, "--kernels", "fused", "--ablate", "--rounds", "1"), 10),
         Part("loader", data, 2),
-        Part(
-            "eval",
-            (
-                "--depth",
-                "12",
-            ),
-            3,
-        ),
+        Part("eval", ("--depth", "12"), 3),
         Part("tokenizer", corpus, 3),
     ]
 

@@ -215,16 +215,17 @@ def run_work(work: Work, backends: list[str], rows: harness.Rows, seconds: float
             continue
         try:
             harness.gate(op, backend, work.case, work.device, work.dtype)
-        except harness.HarnessError as error:
-            refused.append(str(error))
-            harness.say(str(error), "red")
+            function = op.load(backend)
+            if work.mode == "train-compiled" and work.backward:
+                torch._dynamo.reset()
+                function = torch.compile(function, dynamic=False)
+            timing, cost = time_work(work, function, seconds), work.cost()
+        except Exception as error:  # one backend's failure must not cost the others their rows
+            known = isinstance(error, harness.HarnessError)
+            refused.append(str(error) if known else f"{op.name}={backend} raised {type(error).__name__}: {error}")
+            harness.say(refused[-1], "red")
             continue
-        function = op.load(backend)
-        if work.mode == "train-compiled" and work.backward:
-            torch._dynamo.reset()
-            function = torch.compile(function, dynamic=False)
-        timing = time_work(work, function, seconds)
-        rows.add(timing=timing, cost=work.cost(), backend=backend, mode=work.mode, **fields)
+        rows.add(timing=timing, cost=cost, backend=backend, mode=work.mode, **fields)
     if work.mode != "train-compiled" and not backends:
         for name, function in peers(work):
             rows.add(timing=time_work(work, function, seconds), cost=work.cost(), peer=name, mode=work.mode, **fields)

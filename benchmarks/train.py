@@ -77,6 +77,11 @@ class Phases:
         return timed
 
 
+def compute_dtype(name: str) -> str:
+    """Precision fp8 is bfloat16 with the blocks' products in FP8."""
+    return "bfloat16" if name == "fp8" else name
+
+
 def batches(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(inputs, targets): random tokens, or packed rows of --data."""
     if args.data:
@@ -96,12 +101,13 @@ def batches(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[to
 
 def ours(args: argparse.Namespace) -> dict[str, Any] | None:
     """One run: {"first_step_s", "step_s", "phases", "peak_bytes", "plan", …} on rank 0, None on the others."""
+    from nanochat.model.fp8 import Fp8
     from nanochat.model.gpt import GPT
     from nanochat.runtime import start, stop
     from nanochat.training.optimizer import MuonAdamW, parameter_groups
     from nanochat.training.schedules import MUON_DECAY, REFERENCE_BATCH, rates_at
 
-    runtime = start(dtype=args.dtype)
+    runtime = start(dtype=compute_dtype(args.dtype))  # type: ignore[arg-type]
     began = time.perf_counter()
     config = GPTConfig.from_depth(args.depth, args.vocab_size, args.seq_len, window_pattern=args.window_pattern)
     mode = "train-compiled" if args.compile else "train-eager"
@@ -112,6 +118,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any] | None:
     lr_scale = (args.rows * args.seq_len * runtime.world_size / REFERENCE_BATCH) ** 0.5
     groups = parameter_groups(parameters, config.width, lr_scale, MUON_DECAY)
     optimizer = MuonAdamW(parameters, groups, plan, runtime)
+    model.fp8 = Fp8(model) if args.dtype == "fp8" else None
     if args.compile:
         model.compile_blocks()
     source, seconds, loss, first = batches(args, runtime.device), [], None, 0.0
@@ -123,8 +130,12 @@ def ours(args: argparse.Namespace) -> dict[str, Any] | None:
         loss = model(inputs, targets) / runtime.world_size
         lap("forward")
         loss.backward()
+        if model.fp8:
+            model.fp8.observe()
         lap("backward")
         optimizer.step(rates_at(number, 1000))
+        if model.fp8:
+            model.fp8.advance()
         lap("optimizer")
 
     for number in range(args.steps):
@@ -183,7 +194,7 @@ def side_of(variant: argparse.Namespace, peer: Path | None) -> Callable[[], dict
 def ablations(kernels: str, device: torch.device, dtype: str, compiled: bool) -> list[str]:
     """`kernels`, and the same with one op at a time back on torch, for every op that is not there already."""
     mode = "train-compiled" if compiled else "train-eager"
-    plan = KernelPlan.resolve(kernels, device=device, dtype=getattr(torch, dtype), mode=mode)
+    plan = KernelPlan.resolve(kernels, device=device, dtype=getattr(torch, compute_dtype(dtype)), mode=mode)
     used = [name for name, choice in plan.choices.items() if choice.backend != "torch" and name in TRAINING_OPS]
     return [kernels, *(f"{kernels},{name}=torch" for name in used)]
 
@@ -257,7 +268,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[8], help="rows of a micro-batch, per rank")
     parser.add_argument("--steps", type=int, default=8, help="of a run; the first is reported apart")
     parser.add_argument("--window-pattern", default="SSSL")
-    parser.add_argument("--dtype", nargs="+", default=[], help="default: bfloat16 on CUDA, float32 on a CPU")
+    parser.add_argument("--dtype", nargs="+", default=[], help="default: bfloat16 on CUDA, else float32; also fp8")
     parser.add_argument("--kernels", nargs="+", default=["auto"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--compile", action="store_true", help="compile our blocks, too (nanochat always compiles)")
@@ -278,14 +289,14 @@ def main() -> int:
     sides = {f"ours {case_of(v)} {v.dtype} {v.kernels} ×{v.ranks}": (v, None) for v in every}
     if args.peer:
         peer = Path(args.peer.removeprefix("nanochat="))
-        sides |= {f"nanochat {case_of(v)} {v.dtype}": (v, peer) for v in every}
+        sides |= {f"nanochat {case_of(v)} {v.dtype}": (v, peer) for v in every if v.dtype != "fp8"}
     runs = harness.interleave({name: side_of(*side) for name, side in sides.items()}, args.rounds)
     found = [record(rows, v, runs[name], "nanochat" if path else None) for name, (v, path) in sides.items()]
     rows.table(("tokens_per_s", "mfu", "gemm_share", "first_step_s", *(f"{name}_share" for name in PHASES)))
     report_scaling(found)
     peers = {(r["case"], r["dtype"]): r for r in found if "peer" in r}
     for row in found:
-        if "peer" not in row and (theirs := peers.get((row["case"], row["dtype"]))):
+        if "peer" not in row and (theirs := peers.get((row["case"], compute_dtype(row["dtype"])))):
             ratio = row["tokens_per_s"] / theirs["tokens_per_s"]
             harness.say(f"{row['case']} {row['dtype']} {row['backend']}: {ratio:.2f} × nanochat", "green")
     return 0
