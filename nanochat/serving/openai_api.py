@@ -267,4 +267,5 @@ def invalid_request(errors: list[dict[str, Any]]) -> ApiError:
         message, code = f"the body is not valid JSON: {detail}", "invalid_json"
     else:
         message, code = f"{shown}: {first.get('msg', 'not valid')}", "invalid_value"
-    return ApiError(400, message, code, where[0] if where else None)
+    param = where[0] if where and not where[0].isdigit() else None  # digits: where the JSON broke off
+    return ApiError(400, message, code, param)

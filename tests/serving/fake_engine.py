@@ -94,14 +94,14 @@ class FakeEngine:
         if b"HANG" in prompt:
             time.sleep(3600)
         going.said += 1
-        counted = tuple(("text", f"w{index} ") for index in range(request.params.max_tokens))
-        pieces = TOOL if b"TOOL" in prompt else counted
+        pieces = TOOL if b"TOOL" in prompt else None  # None: words are counted to max_tokens
         if (at := prompt.rfind(b"ECHO:")) >= 0:
             echo = prompt[at + 5 :].decode()
             pieces = tuple(("text", echo[start : start + 7]) for start in range(0, len(echo), 7))
-        kind, text = pieces[going.said - 1]
-        last = going.said >= min(len(pieces), request.params.max_tokens)
-        finish = None if not last else "length" if going.said >= request.params.max_tokens else "stop"
+        kind, text = ("text", f"w{going.said - 1} ") if pieces is None else pieces[going.said - 1]
+        finish = "length" if going.said >= request.params.max_tokens else None
+        if finish is None and pieces is not None and going.said >= len(pieces):
+            finish = "stop"
         if b"ODD" in prompt:
             finish = "error"
         if finish:
