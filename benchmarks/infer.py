@@ -73,7 +73,7 @@ class InferConfig:
     threads: int = 0
     """Of torch; 0 = its default."""
     kernels: str = "auto"
-    """Of the torch sides."""
+    """Of the draw, and of the torch sides."""
     seed: int = 0
     """Of weights and prompts."""
     out: str | None = None
@@ -227,7 +227,8 @@ def main() -> int:
         kind, _, path = peer.partition("=")
         if path and not (Path(path) / "nanochat" / "engine.py").exists():
             raise NanochatError(f"--peer {peer}: there is no checkout of karpathy/nanochat in {path}")
-    model = GPT(GPTConfig.from_depth(config.depth, config.vocab_size, config.seq_len)).eval()
+    plan = KernelPlan.resolve(config.kernels, mode="decode")
+    model = GPT(GPTConfig.from_depth(config.depth, config.vocab_size, config.seq_len), plan).eval()
     model.init_weights(torch.Generator().manual_seed(config.seed))
     rows = harness.Rows("infer", torch.device("cpu"), out=config.out)
     runners = {}

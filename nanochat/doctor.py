@@ -6,7 +6,6 @@ tokens/s ≤ read bandwidth ÷ bytes of weights.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -173,13 +172,30 @@ def check_built() -> Iterator[Finding]:
     tokenizer = _version("nanochat-rustbpe")
     remedy = "" if tokenizer else "bash runs/setup.sh (or: pip install ./rustbpe)"
     yield Finding("built", "rustbpe", tokenizer or "not built", "ok" if tokenizer else "missing", remedy)
-    spec = importlib.util.find_spec("nanochat_kernels")
-    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    libraries = sorted(path.name for folder in folders for path in Path(folder).glob("*.so"))
-    if libraries:
-        yield Finding("built", "C++ extension", ", ".join(libraries))
-    else:
-        yield Finding("built", "C++ extension", "not built: ops run on their torch backends", "note")
+    yield from check_extension()
+
+
+def check_extension() -> Iterator[Finding]:
+    """What of csrc/ was built, for which chips, and which SIMD level runs."""
+    from nanochat_kernels import native
+
+    reason = native.missing()
+    if reason:
+        yield Finding("built", "C++ extension", "none: ops run on their torch backends", "note", reason)
+        return
+    facts = native.bindings()
+    chips = f"CUDA for {facts.cuda_archs}" if facts.cuda else "no CUDA kernels"
+    remedy = "" if facts.cuda or not torch.cuda.is_available() else "NANOCHAT_BUILD=cuda with nvcc, then setup again"
+    value = f"CPU and {chips}" if facts.cuda else f"CPU, {chips}"
+    yield Finding("built", "C++ extension", f"{value} ({facts.compiler})", "note" if remedy else "ok", remedy)
+    try:
+        level = facts.simd_level()
+    except RuntimeError as error:  # NANOCHAT_SIMD names one that this CPU lacks
+        yield Finding("built", "SIMD kernels", str(error), "missing", "unset NANOCHAT_SIMD")
+        return
+    slow = level == "portable"
+    remedy = "no SIMD kernels for this CPU: generation runs, slowly" if slow else ""
+    yield Finding("built", "SIMD kernels", f"{level} runs, of {facts.simd_levels()}", "note" if slow else "ok", remedy)
 
 
 def check_space() -> Iterator[Finding]:

@@ -42,7 +42,7 @@ class NativeRunner:
             raise UsageError(f"weights {weights!r} need the C++ extension: {reason}")
         self.model, self.format = model, weights
         self.cache_dtype = torch.float32 if weights == "fp32" else torch.bfloat16
-        self.rope: tuple[Tensor, Tensor] | None = None
+        self._bound: tuple[tuple, list[int], list[Tensor]] | None = None
         self.refresh()
 
     @torch.no_grad()
@@ -55,6 +55,7 @@ class NativeRunner:
             linears.append(self._pack(torch.cat([attn.q.weight, attn.k.weight, attn.v.weight])))
             linears += [self._pack(linear.weight) for linear in (attn.o, block.mlp.fc, block.mlp.proj)]
         self.nbytes = sum(linear.nbytes for linear in linears)
+        self._bound = None
         head, *rest = _in_one_place(linears)
         none = torch.empty(0)
         smear = model.smear_gate.weight.detach().float().flatten() if config.is_current else none
@@ -72,19 +73,12 @@ class NativeRunner:
 
     def __call__(self, batch: StepBatch, cache: PagedCache) -> Tensor:
         """(M, vocab_size) float32 logits, softcapped. Writes the new keys and values into the cache."""
-        config = self.model.config
-        if self.rope is None or len(self.rope[0]) < cache.context:
-            cos, sin = self.model.rope(cache.context, torch.device("cpu"))
-            self.rope = cos.float().contiguous(), sin.float().contiguous()
-        sizes = [config.width, config.heads, config.kv_heads, config.head_dim, config.layers, config.middle_layer]
-        sizes += [config.padded_vocab_size, GATE_CHANNELS, SMEAR_CHANNELS]
-        for window, group in zip(config.windows, cache.groups, strict=True):
-            sizes += [min(window, cache.context), group]
+        sizes, weights = self._arguments(cache)
         logits = torch.ops.nanochat.model_step(
             sizes,
             self.scalars,
             self.format,
-            [self.model.wte.weight.detach(), *self.rope, *self.head, *self.layers],
+            weights,
             cache.k,
             cache.v,
             batch.tokens,
@@ -95,7 +89,20 @@ class NativeRunner:
             *batch.tables,
             batch.outputs,
         )
-        return logits[:, : config.vocab_size]
+        return logits[:, : self.model.config.vocab_size]
+
+    def _arguments(self, cache: PagedCache) -> tuple[list[int], list[Tensor]]:
+        """What the op takes besides the batch, in the order of csrc/cpu_ops.cpp; kept for the next step."""
+        key = (cache.context, cache.groups)
+        if self._bound is None or self._bound[0] != key:
+            config = self.model.config
+            sizes = [config.width, config.heads, config.kv_heads, config.head_dim, config.layers, config.middle_layer]
+            sizes += [config.padded_vocab_size, GATE_CHANNELS, SMEAR_CHANNELS]
+            for window, group in zip(config.windows, cache.groups, strict=True):
+                sizes += [min(window, cache.context), group]
+            rope = [t.float().contiguous() for t in self.model.rope(cache.context, torch.device("cpu"))]
+            self._bound = key, sizes, [self.model.wte.weight.detach(), *rope, *self.head, *self.layers]
+        return self._bound[1:]
 
     def _pack(self, weight: Tensor) -> PackedWeight:
         return pack(weight, self.format)
