@@ -129,6 +129,10 @@ def start(device: DeviceName = "auto", dtype: DtypeName = "auto", seed: int = 42
                 f"rank {rank} of {world_size} could not join the process group over {backend}: {error}; "
                 "start ranks with torchrun, which sets MASTER_ADDR and MASTER_PORT"
             ) from error
+        if chosen_device.type == "cuda":
+            from nanochat_kernels import autotune  # here, because a run on one rank needs none of it
+
+            autotune.agree(chosen_device)
     return Runtime(
         chosen_device, chosen_dtype, rank, local_rank, world_size, {"device": device_reason, "dtype": dtype_reason}
     )

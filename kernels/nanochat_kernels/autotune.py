@@ -27,6 +27,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -121,11 +122,11 @@ def _fastest(candidates: Sequence[C], run: Callable[[C], object], timer: Timer) 
     return best
 
 
-def agree() -> None:
+def agree(device: torch.device) -> None:
     """Make every rank use rank 0's table. Call once when the process group stands, on all ranks; no-op without one."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    group_stands = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not group_stands or find_spec("triton") is None:
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     table = _table(_device_class(device))
     entries = [table.entries]
     torch.distributed.broadcast_object_list(entries, src=0)
