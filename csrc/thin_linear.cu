@@ -149,7 +149,9 @@ thin_linear_kernel(ThinLinear p) {
 #pragma unroll
     for (int ahead = 0; ahead < Source::kAhead; ++ahead) {
       const int k = source.k + (step + ahead) * Source::kStep;
-      multiply<W, TILES>(rows, k, k < p.inputs, now[ahead], total);
+      if (k - member * Source::kOwn < p.inputs) {  // the whole warp or none of it
+        multiply<W, TILES>(rows, k, k < p.inputs, now[ahead], total);
+      }
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile) now[ahead][tile] = next[ahead][tile];
     }
