@@ -12,7 +12,7 @@ from nanochat.inference.sampling import SamplingParams, row_seed
 from nanochat.inference.step import TorchRunner
 from nanochat_kernels import KernelPlan
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=200)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=80)  # longer prompts cross the window of 128
 BOS, ASSISTANT_END, PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END = 256, 260, 261, 262, 263, 264
 
 
@@ -87,7 +87,7 @@ def test_greedy_answers_equal_the_reference_engines_across_the_window_edge(
     expected = Engine(Scripted(model), tokenizer).generate(prompts, GREEDY)
     answers = engine_of(model, tokenizer).generate(prompts, GREEDY)
     assert answers == expected
-    assert all(len(set(answer.tokens)) >= 8 for [answer] in answers), "a model that repeats itself proves little"
+    assert all(len(set(answer.tokens)) >= 6 for [answer] in answers), "a model that repeats itself proves little"
 
 
 def test_sampled_answers_equal_the_reference_engines(make_model, tokenizer):
@@ -112,7 +112,7 @@ def test_tool_calls_equal_the_reference_engines(make_model, tokenizer):
     [prompt] = prompts_of(tokenizer, "how much is it? " * 7)
     call = [PYTHON_START, *tokenizer.encode("12*12"), PYTHON_END]
     script = {len(prompt) + 5 + i: token for i, token in enumerate(call)}
-    script |= {len(prompt) + 30 + i: token for i, token in enumerate(call)}
+    script |= {len(prompt) + 40 + i: token for i, token in enumerate(call)}
     expected = Engine(Scripted(model, script), tokenizer).generate([prompt], GREEDY)
     engine = engine_of(model, tokenizer, script)
     answers = engine.generate([prompt], GREEDY)
@@ -128,11 +128,11 @@ def test_tool_calls_equal_the_reference_engines(make_model, tokenizer):
 def test_answers_do_not_depend_on_company_chunks_preemption_or_the_cache(make_model, tokenizer):
     """One small pool for all, against every request alone in a large one."""
     model, prompts = make_model(), prompts_of(tokenizer, *PROMPTS)
-    params = [replace(GREEDY, max_tokens=n, seed=n) for n in (150, 100, 120, 90, 200)]
+    params = [replace(GREEDY, max_tokens=n, seed=n) for n in (60, 50, 70, 40, 80)]
     params[1] = replace(params[1], temperature=0.9)
     alone = [engine_of(model, tokenizer).generate([p], s)[0] for p, s in zip(prompts, params, strict=True)]
     for config in (
-        {"num_blocks": 24, "max_step_tokens": 16, "block_size": 16},
+        {"num_blocks": 18, "max_step_tokens": 16, "block_size": 16},
         {"num_blocks": 60, "max_step_tokens": 9, "block_size": 7, "prefix_cache": False},
         {"num_blocks": 100, "max_batch": 2},
     ):
@@ -140,7 +140,7 @@ def test_answers_do_not_depend_on_company_chunks_preemption_or_the_cache(make_mo
         assert engine.generate(prompts, params) == alone
         stats = engine.stats()
         assert stats.blocks_used == 0 and stats.running == stats.waiting == 0
-        if config["num_blocks"] == 24:
+        if config["num_blocks"] == 18:
             assert stats.preemptions > 0
 
 
@@ -213,7 +213,11 @@ def test_guessing_ahead_changes_nothing_but_the_number_of_steps(make_model, toke
     call = [PYTHON_START, *tokenizer.encode("7*6"), PYTHON_END]
     script = {60 + i: ord("ab"[i % 2]) for i in range(60)} | {130 + i: token for i, token in enumerate(call)}
     script |= {150 + i: token for i, token in enumerate(call)}
-    params = [GREEDY, replace(GREEDY, max_tokens=111), SamplingParams(0.7, max_tokens=120, seed=3)]
+    params = [
+        replace(GREEDY, max_tokens=130),
+        replace(GREEDY, max_tokens=111),
+        SamplingParams(0.7, max_tokens=120, seed=3),
+    ]
     plain, guessing = (engine_of(model, tokenizer, script, speculate=n) for n in (0, speculate))
     assert guessing.generate(prompts, params) == plain.generate(prompts, params)
     assert guessing.stats().steps < plain.stats().steps - 20
