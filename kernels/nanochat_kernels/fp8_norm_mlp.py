@@ -20,7 +20,7 @@ Bytes moved for a token's hidden element, beside the products' own reads: 2 forw
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,12 +33,13 @@ from nanochat_kernels.numerics import normal
 from nanochat_kernels.registry import Case, Cost, Op
 from nanochat_kernels.triton_support import needs_triton
 
+Cast = tuple[Tensor, Tensor, Tensor, Tensor]  # a tensor in FP8, its transpose, the inverse scale, the amax
 FIRST_A, FIRST_DH = 1.0, 1 / 16  # scales before there is a history: of a, and of dh as a share of dy's
 
 
 def relu2_cast_reference(
     n8: Tensor, inverse_n: Tensor, w8: Tensor, inverse_w: Tensor, scale: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Cast:
     """(a8 (M, hidden), a8ᵀ, its inverse scale, amax of a) of n8 (M, C) and w8 (hidden, C); sums in `dtype`."""
     a = fp8_matmul(n8, w8, inverse_n, inverse_w, dtype, fast=True).relu().square()
     scale = torch.where(scale > 0, scale, FIRST_A).float()
@@ -55,7 +56,7 @@ def drelu2_cast_reference(
     inverse_a: Tensor,
     scale: Tensor,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Cast:
     """(dh8 (M, hidden), dh8ᵀ, its inverse scale, amax of dh) of g8 (M, C), w8ᵀ (hidden, C) and a8ᵀ (hidden, M)."""
     root = (a8t.mT.to(dtype) * inverse_a.to(dtype)).sqrt()
     dh = 2 * root * fp8_matmul(g8, w8t, inverse_g, inverse_w, dtype, fast=True)
@@ -64,20 +65,43 @@ def drelu2_cast_reference(
     return dh8, dh8.mT.contiguous(), 1.0 / scale, dh.abs().amax().float()
 
 
-def _up(triton: bool, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not triton:
-        return relu2_cast_reference(*arguments)
-    from nanochat_kernels.fp8_norm_mlp_triton import relu2_cast
+def _fused_products(backend: str) -> tuple[Callable[..., Cast], Callable[..., Cast]]:
+    """What takes the part of the two references above."""
+    if backend == "torch":
+        return relu2_cast_reference, drelu2_cast_reference
+    if backend == "triton":
+        from nanochat_kernels.fp8_norm_mlp_triton import drelu2_cast, relu2_cast
 
-    return relu2_cast(*arguments[:-1])
+        return relu2_cast, drelu2_cast
+    return _relu2_cast_scaled, _drelu2_cast_scaled
 
 
-def _down(triton: bool, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not triton:
-        return drelu2_cast_reference(*arguments)
-    from nanochat_kernels.fp8_norm_mlp_triton import drelu2_cast
+def _relu2_cast_scaled(
+    n8: Tensor, inverse_n: Tensor, w8: Tensor, inverse_w: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Cast:
+    """As relu2_cast_reference, by torch's product and one kernel after it. Between them h waits in float32: rounded to
+    bf16 first, one value in sixty would end as its neighbor in e5m2."""
+    from nanochat_kernels.fp8_quantize_triton import quantize_relu2
 
-    return drelu2_cast(*arguments[:-1])
+    h = fp8_matmul(n8, w8, inverse_n, inverse_w, dtype, fast=True)
+    return quantize_relu2(h, torch.where(scale > 0, scale, FIRST_A).float())
+
+
+def _drelu2_cast_scaled(
+    g8: Tensor,
+    inverse_g: Tensor,
+    w8t: Tensor,
+    inverse_w: Tensor,
+    a8t: Tensor,
+    inverse_a: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+) -> Cast:
+    """As drelu2_cast_reference, by torch's product and one kernel after it."""
+    from nanochat_kernels.fp8_quantize_triton import quantize_relu2
+
+    da = fp8_matmul(g8, w8t, inverse_g, inverse_w, dtype, fast=True)
+    return quantize_relu2(da, torch.where(scale > 0, scale, FIRST_DH / inverse_g).float(), a8t, inverse_a)
 
 
 def _static_inverse(like: Tensor, channels: int) -> Tensor:
@@ -86,19 +110,20 @@ def _static_inverse(like: Tensor, channels: int) -> Tensor:
 
 @torch.library.custom_op("nanochat::fp8_norm_mlp", mutates_args=())
 def _fp8_norm_mlp(
-    x: Tensor, delta: Tensor | None, w_fc: Tensor, w_proj: Tensor, scales: Tensor, w8: list[Tensor], triton: bool
+    x: Tensor, delta: Tensor | None, w_fc: Tensor, w_proj: Tensor, scales: Tensor, w8: list[Tensor], backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y, mixed (empty when it is x), n8ᵀ, a8ᵀ, its inverse scale, amax of a) of x, delta (M, C)."""
     fc, proj = Fp8Weight(*w8[:3]), Fp8Weight(*w8[3:])
-    n8, n8t, _, mixed = normed(triton, x, delta, None, None, None)
-    sums = weight_dtype(x.dtype)
-    a8, a8t, inverse, amax = _up(triton, n8, _static_inverse(scales, x.size(1)), fc.data, fc.inverse, scales[0], sums)
+    n8, n8t, _, mixed = normed(backend != "torch", x, delta, None, None, None)
+    relu2_cast, _ = _fused_products(backend)
+    inverse_n = _static_inverse(scales, x.size(1))
+    a8, a8t, inverse, amax = relu2_cast(n8, inverse_n, fc.data, fc.inverse, scales[0], weight_dtype(x.dtype))
     y = fp8_matmul(a8, proj.data, inverse, proj.inverse, x.dtype, fast=True)
     return y, x.new_empty(0) if delta is None else mixed, n8t, a8t, inverse, amax
 
 
 @_fp8_norm_mlp.register_fake
-def _(x, delta, w_fc, w_proj, scales, w8, triton):
+def _(x, delta, w_fc, w_proj, scales, w8, backend):
     (rows, channels), hidden = x.shape, w_fc.size(0)
     scalar = scales.new_empty((), dtype=torch.float32)
     mixed = x.new_empty(0 if delta is None else (rows, channels))
@@ -109,24 +134,25 @@ def _(x, delta, w_fc, w_proj, scales, w8, triton):
 @torch.library.custom_op("nanochat::fp8_norm_mlp_backward", mutates_args=())
 def _fp8_norm_mlp_backward(
     dy: Tensor, dmixed: Tensor | None, mixed: Tensor, n8t: Tensor, a8t: Tensor, inverse_a: Tensor,
-    scales: Tensor, w8: list[Tensor], triton: bool,
+    scales: Tensor, w8: list[Tensor], backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(gradient of x and delta, dW_fc, dW_proj, amax of dy, amax of dh)."""
     fc, proj = Fp8Weight(*w8[:3]), Fp8Weight(*w8[3:])
     sums = weight_dtype(dy.dtype)
-    g8, g8t, inverse_g, amax_g = quantizer(triton)([dy], scales[1], True)
+    g8, g8t, inverse_g, amax_g = quantizer(backend != "torch")([dy], scales[1], True)
     d_proj = fp8_matmul(g8t, a8t, inverse_g, inverse_a, sums, fast=False)
-    dh8, dh8t, inverse_h, amax_h = _down(
-        triton, g8, inverse_g, proj.transposed, proj.inverse, a8t, inverse_a, scales[2], sums
+    _, drelu2_cast = _fused_products(backend)
+    dh8, dh8t, inverse_h, amax_h = drelu2_cast(
+        g8, inverse_g, proj.transposed, proj.inverse, a8t, inverse_a, scales[2], sums
     )
     d_fc = fp8_matmul(dh8t, n8t, inverse_h, _static_inverse(scales, mixed.size(1)), sums, fast=False)
     dn = fp8_matmul(dh8, fc.transposed, inverse_h, fc.inverse, dy.dtype, fast=False)
-    dx, _, _ = norm_gradients(triton, dn, dmixed, mixed, mixed, None, None, None, None)
+    dx, _, _ = norm_gradients(backend != "torch", dn, dmixed, mixed, mixed, None, None, None, None)
     return dx, d_fc, d_proj, amax_g, amax_h
 
 
 @_fp8_norm_mlp_backward.register_fake
-def _(dy, dmixed, mixed, n8t, a8t, inverse_a, scales, w8, triton):
+def _(dy, dmixed, mixed, n8t, a8t, inverse_a, scales, w8, backend):
     hidden, channels, dtype = a8t.size(0), mixed.size(1), weight_dtype(dy.dtype)
     d_fc = dy.new_empty((hidden, channels), dtype=dtype)
     scalar = scales.new_empty((), dtype=torch.float32)
@@ -135,7 +161,7 @@ def _(dy, dmixed, mixed, n8t, a8t, inverse_a, scales, w8, triton):
 
 
 def _setup(ctx, inputs, output):
-    x, delta, w_fc, w_proj, scales, w8, ctx.triton = inputs
+    x, delta, w_fc, w_proj, scales, w8, ctx.backend = inputs
     _, mixed, *kept = output
     ctx.delta = delta is not None
     ctx.dtypes = w_fc.dtype, w_proj.dtype
@@ -147,7 +173,7 @@ def _backward(ctx, dy, dmixed, *_):
     mixed, n8t, a8t, inverse_a, amax_a, scales, *w8 = ctx.saved_tensors
     dmixed = dmixed if ctx.delta else None
     dx, d_fc, d_proj, amax_g, amax_h = torch.ops.nanochat.fp8_norm_mlp_backward(
-        dy, dmixed, mixed, n8t, a8t, inverse_a, scales, w8, ctx.triton
+        dy, dmixed, mixed, n8t, a8t, inverse_a, scales, w8, ctx.backend
     )
     amaxes = torch.stack([amax_a, amax_g, amax_h]).to(scales.dtype)
     weights = d_fc.to(ctx.dtypes[0]), d_proj.to(ctx.dtypes[1])
@@ -158,7 +184,7 @@ _fp8_norm_mlp.register_autograd(_backward, setup_context=_setup)
 
 
 def _norm_mlp(
-    triton: bool,
+    backend: str,
     x: Tensor,
     w_fc: Tensor,
     w_proj: Tensor,
@@ -167,9 +193,9 @@ def _norm_mlp(
     weights8: tuple[Fp8Weight, Fp8Weight] | None,
 ) -> tuple[Tensor, Tensor]:
     scales = x.new_zeros(3, dtype=torch.float32) if scales is None else scales
-    fc, proj = weights8 or (cast_weights([w_fc], triton), cast_weights([w_proj], triton))
+    fc, proj = weights8 or tuple(cast_weights([w], backend != "torch") for w in (w_fc, w_proj))
     flat = None if delta is None else delta.flatten(0, -2)
-    y, mixed, *_ = torch.ops.nanochat.fp8_norm_mlp(x.flatten(0, -2), flat, w_fc, w_proj, scales, [*fc, *proj], triton)
+    y, mixed, *_ = torch.ops.nanochat.fp8_norm_mlp(x.flatten(0, -2), flat, w_fc, w_proj, scales, [*fc, *proj], backend)
     return y.view(x.shape), x if delta is None else mixed.view(x.shape)
 
 
@@ -186,7 +212,7 @@ def fp8_norm_mlp_reference(
     scales (3,) float32: the delayed scales of a, dy and dh; their gradient is the amax of each. weights8: both weights,
     cast already.
     """
-    return _norm_mlp(False, x, w_fc, w_proj, delta, scales, weights8)
+    return _norm_mlp("torch", x, w_fc, w_proj, delta, scales, weights8)
 
 
 def fp8_norm_mlp_triton(
@@ -198,7 +224,19 @@ def fp8_norm_mlp_triton(
     weights8: tuple[Fp8Weight, Fp8Weight] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As the reference, with the hidden tensor's casts in the epilogues of Triton's products."""
-    return _norm_mlp(True, x, w_fc, w_proj, delta, scales, weights8)
+    return _norm_mlp("triton", x, w_fc, w_proj, delta, scales, weights8)
+
+
+def fp8_norm_mlp_scaled(
+    x: Tensor,
+    w_fc: Tensor,
+    w_proj: Tensor,
+    delta: Tensor | None = None,
+    scales: Tensor | None = None,
+    weights8: tuple[Fp8Weight, Fp8Weight] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As the reference: every product is torch's, and a kernel after it makes and casts the hidden tensor."""
+    return _norm_mlp("scaled", x, w_fc, w_proj, delta, scales, weights8)
 
 
 def _cases() -> Iterator[Case]:
@@ -233,9 +271,10 @@ fp8_norm_mlp = Op(
     "fp8_norm_mlp",
     torch=fp8_norm_mlp_reference,
     triton=fp8_norm_mlp_triton,
-    available={"triton": needs_triton},
+    scaled=fp8_norm_mlp_scaled,
+    available={"triton": needs_triton, "scaled": needs_triton},
     auto=(("triton", lambda place: place.device.type == "cuda", "the hidden tensor is cast where it is made"),),
-    custom=("triton",),
+    custom=("triton", "scaled"),
     cases=_cases,
     cost=_cost,
     tolerance=TOLERANCE,

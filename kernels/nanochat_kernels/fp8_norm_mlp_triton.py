@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanochat_kernels.compiled import Build
-from nanochat_kernels.fp8_norm_mlp import FIRST_A, FIRST_DH
+from nanochat_kernels.fp8_norm_mlp import FIRST_A, FIRST_DH, Cast
 from nanochat_kernels.fp8_quantize import E4M3, E5M2
 from nanochat_kernels.fp8_quantize_triton import LARGEST, TRITON_FP8, to_fp8
 from nanochat_kernels.relu2_mlp_triton import BAND, Tiles, has_tma, load_tile, programs, store_tile, tile_at
@@ -85,7 +85,7 @@ def _fp8_relu2_kernel(
 
 def _launch(
     left: Tensor, right: Tensor, kept: Tensor | None, inverses: tuple[Tensor, Tensor, Tensor | None], scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Cast:
     rows, columns, depth = left.size(0), right.size(0), left.size(1)
     dtype, backward, t = (E4M3 if kept is None else E5M2), kept is not None, TILES
     out, turned = (left.new_empty(shape, dtype=dtype) for shape in ((rows, columns), (columns, rows)))
@@ -117,16 +117,23 @@ def _constants(backward: bool, tma: bool) -> dict[str, Any]:
 
 
 def relu2_cast(
-    n8: Tensor, inverse_n: Tensor, w8: Tensor, inverse_w: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As relu2_cast_reference."""
+    n8: Tensor, inverse_n: Tensor, w8: Tensor, inverse_w: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
+) -> Cast:
+    """As relu2_cast_reference; the sums are float32."""
     return _launch(n8, w8, None, (inverse_n, inverse_w, None), scale)
 
 
 def drelu2_cast(
-    g8: Tensor, inverse_g: Tensor, w8t: Tensor, inverse_w: Tensor, a8t: Tensor, inverse_a: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As drelu2_cast_reference."""
+    g8: Tensor,
+    inverse_g: Tensor,
+    w8t: Tensor,
+    inverse_w: Tensor,
+    a8t: Tensor,
+    inverse_a: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Cast:
+    """As drelu2_cast_reference; the sums are float32."""
     return _launch(g8, w8t, a8t, (inverse_g, inverse_w, inverse_a), scale)
 
 

@@ -9,6 +9,9 @@ is given: the choice is made on the device, so that nothing waits for the host a
 idle launch takes a microsecond or two.
 
 The parts of one matrix (the gradients of q, k and v) are cast side by side into one, without being joined before.
+
+The same kernel can apply relu² or its derivative to what it reads (FORM): the FP8 MLP's casts where the products before
+them are torch's (fp8_norm_mlp=scaled).
 """
 
 from __future__ import annotations
@@ -77,10 +80,14 @@ def _amax_kernel(x_ptr, scale_ptr, amax_ptr, elements, LINE: tl.constexpr):
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, scale_ptr, amax_ptr, out_ptr, transposed_ptr, inverse_ptr, rows, columns, first, out_columns,
-    FP8: tl.constexpr, TOP: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
+    x_ptr, kept_ptr, inverse_kept_ptr, scale_ptr, amax_ptr, out_ptr, transposed_ptr, inverse_ptr,
+    rows, columns, first, out_columns,
+    FORM: tl.constexpr, FP8: tl.constexpr, TOP: tl.constexpr, LARGEST: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """x (rows, columns) into columns `first` and on of out (rows, out_columns), and into out's transpose."""
+    """x (rows, columns) into columns `first` and on of out (rows, out_columns), and into out's transpose.
+
+    FORM: "x" as it is, "relu2" relu(x)², "drelu2" 2·√kept·x with kept (columns, rows) in FP8.
+    """
     scale = tl.load(scale_ptr)
     if scale <= 0:
         scale = power_of_two(tl.load(amax_ptr), TOP)
@@ -89,6 +96,12 @@ def _quantize_kernel(
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     wide_row = row.to(tl.int64)
     x = tl.load(x_ptr + wide_row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if FORM == "relu2":
+        x = tl.maximum(x, 0.0)
+        x = x * x
+    if FORM == "drelu2":
+        a8 = tl.load(kept_ptr + column.to(tl.int64)[:, None] * rows + row[None, :], mask=inside.T, other=0.0)
+        x = 2.0 * tl.sqrt(a8.T.to(tl.float32) * tl.load(inverse_kept_ptr)) * x
     tl.atomic_max(amax_ptr, tl.max(tl.max(tl.abs(x), axis=1), axis=0))
     x8 = to_fp8(x, scale, LARGEST, FP8)
     tl.store(out_ptr + wide_row[:, None] * out_columns + (first + column)[None, :], x8, mask=inside)
@@ -112,8 +125,8 @@ def _fp8_quantize(parts: list[Tensor], scale: Tensor, e5m2: bool) -> tuple[Tenso
     for part in parts:
         grid = (triton.cdiv(rows, TILE), triton.cdiv(part.size(1), TILE))
         _quantize_kernel[grid](
-            part, scale, amax, out, transposed, inverse, rows, part.size(1), first, columns,
-            FP8=TRITON_FP8[dtype], TOP=TOP[dtype], LARGEST=LARGEST[dtype], TILE=TILE, num_warps=WARPS,
+            part, None, None, scale, amax, out, transposed, inverse, rows, part.size(1), first, columns,
+            FORM="x", FP8=TRITON_FP8[dtype], TOP=TOP[dtype], LARGEST=LARGEST[dtype], TILE=TILE, num_warps=WARPS,
         )  # fmt: skip
         first += part.size(1)
     return out, transposed, inverse, amax
@@ -134,14 +147,43 @@ def fp8_quantize_triton(
     return torch.ops.nanochat.fp8_quantize(parts, scale, e5m2)
 
 
+def quantize_relu2(x: Tensor, scale: Tensor, kept: Tensor | None = None, inverse_kept: Tensor | None = None):
+    """relu(x)² in e4m3 or, given kept = a8ᵀ (N, M) and its inverse scale, 2·√a·x in e5m2; x (M, N), scale positive.
+
+    Results as those of fp8_quantize, amax that of the value cast. Not an op: for use inside one.
+    """
+    dtype, form = (E4M3, "relu2") if kept is None else (E5M2, "drelu2")
+    x, (rows, columns) = x.contiguous(), x.shape
+    out, transposed = (x.new_empty(shape, dtype=dtype) for shape in ((rows, columns), (columns, rows)))
+    amax, inverse = scale.new_zeros((), dtype=torch.float32), scale.new_empty((), dtype=torch.float32)
+    _quantize_kernel[(triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))](
+        x, kept, inverse_kept, scale, amax, out, transposed, inverse, rows, columns, 0, columns,
+        FORM=form, FP8=TRITON_FP8[dtype], TOP=TOP[dtype], LARGEST=LARGEST[dtype], TILE=TILE, num_warps=WARPS,
+    )  # fmt: skip
+    return out, transposed, inverse, amax
+
+
 def shipped() -> Iterator[Build]:
-    """Gradients and activations from bf16, weights from float32."""
+    """Gradients and activations from bf16, weights from float32, and the MLP's two forms."""
     pointers = dict.fromkeys(("scale_ptr", "amax_ptr", "inverse_ptr"), "*fp32")
     sizes = dict.fromkeys(("rows", "columns", "first", "out_columns"), "i32")
-    for source, fp8, name in (("*bf16", E5M2, "gradient"), ("*bf16", E4M3, "activation"), ("*fp32", E4M3, "weight")):
+    kinds = (
+        ("*bf16", E5M2, "gradient", "x"),
+        ("*bf16", E4M3, "activation", "x"),
+        ("*fp32", E4M3, "weight", "x"),
+        ("*fp32", E4M3, "relu2", "relu2"),
+        ("*fp32", E5M2, "relu2 backward", "drelu2"),
+    )
+    for source, fp8, name, form in kinds:
         out = "*fp8e5" if fp8 == E5M2 else "*fp8e4nv"
         types = {"x_ptr": source, "out_ptr": out, "transposed_ptr": out, **pointers, **sizes}
-        constants = {"FP8": TRITON_FP8[fp8], "TOP": TOP[fp8], "LARGEST": LARGEST[fp8], "TILE": TILE}
+        constants: dict[str, object] = {
+            "FORM": form, "FP8": TRITON_FP8[fp8], "TOP": TOP[fp8], "LARGEST": LARGEST[fp8], "TILE": TILE
+        }  # fmt: skip
+        if form == "drelu2":
+            types |= {"kept_ptr": "*fp8e4nv", "inverse_kept_ptr": "*fp32"}
+        else:
+            constants |= {"kept_ptr": None, "inverse_kept_ptr": None}
         yield Build(f"fp8_quantize {name}", _quantize_kernel, types, constants, WARPS)
     types = {"x_ptr": "*bf16", "scale_ptr": "*fp32", "amax_ptr": "*fp32", "elements": "i32"}
     yield Build("fp8_quantize maximum", _amax_kernel, types, {"LINE": LINE}, WARPS)

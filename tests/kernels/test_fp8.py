@@ -147,8 +147,9 @@ for triton in (False, True):
     check(ops.fp8_norm_qkv, (x, d, s, o, t, ws, scales, w8, triton))
     check(ops.fp8_norm_qkv, (x, None, None, None, None, ws, scales, w8, triton))
     w8, scales = [*cast_weights([fc], triton), *cast_weights([proj], triton)], torch.zeros(3, requires_grad=True)
-    check(ops.fp8_norm_mlp, (x, d, fc, proj, scales, w8, triton))
-    check(ops.fp8_norm_mlp, (x, None, fc, proj, scales, w8, triton))
+    for backend in ("triton", "scaled") if triton else ("torch",):
+        check(ops.fp8_norm_mlp, (x, d, fc, proj, scales, w8, backend))
+    check(ops.fp8_norm_mlp, (x, None, fc, proj, scales, w8, backend))
 
 def step(plan, x, d, s, o, t, w, fc, proj, scales, *ws):
     q, k, v, head, mixed = plan.fp8_norm_qkv(x, *ws, d, s, o, t, scales=scales[:1])
