@@ -32,7 +32,7 @@ messages = st.lists(
     max_size=4,
 )
 FIELDS = (
-    "model n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty max_tokens stop seed "
+    "model n temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty stop seed "
     "ignore_eos priority calculator stream_options user logprobs top_logprobs max_completion_tokens echo extra"
 ).split()
 right = {"messages": st.just([{"role": "user", "content": "hi"}]), "prompt": st.one_of(st.just("hi"), st.just([1, 2]))}
