@@ -3,8 +3,8 @@
 //
 // A query at position p reads the keys of positions max(0, p − window) … p. They are divided at multiples of kSpan
 // positions among blocks of 128 threads (split-KV), because one sequence's cache must be read by many multiprocessors
-// at once. The cuts are at fixed positions, and so is the lane that takes a key: a decoded token's numbers depend on its
-// own keys alone, not on the batch or the width of the table.
+// at once. The cuts are at fixed positions, and so is the lane that takes a key: a decoded token's numbers depend on
+// its own keys alone, not on the batch or the width of the table.
 //
 // In a block, eight lanes share a key: 16 bytes a lane and piece, so 4 keys a warp and 16 a block at a time, each with
 // up to two keys and two values on their way. Each group of eight lanes keeps its own maximum m, sum l and accumulator
