@@ -91,7 +91,7 @@ def dry_parts(parts: list[Part]) -> list[Part]:
         "eval": ("--depth", "1", "--limit", "11", "--rounds", "1"),
         "infer": ("--depth", "1", "--rounds", "1", "--decode", "8", "--prompt", "16", "--vocab-size", "512"),
         "serve": ("--depth", "1", "--requests", "3"),
-        "callgrind": ("--only", "pack"),
+        "callgrind": ("--only", "encode"),
     }
     return [Part(name, tiny[name], 2) for name in dict.fromkeys(part.name for part in parts)]
 

@@ -1,6 +1,6 @@
 """The works whose instructions are counted (callgrind.py) and timed at a desk (test_microbenchmarks.py).
 
-    python -m benchmarks.callgrind_works NAME MARKERS.so        one work between the markers, inside valgrind
+    python -m benchmarks.callgrind_works MARKERS.so NAME...        works between markers, inside valgrind
 
 Nothing heavy is imported until a work needs it: under valgrind an import of torch takes a minute.
 """
@@ -146,20 +146,20 @@ def works() -> list[Work]:
     return [*RUST, *kernel_works()]
 
 
-def run_marked(name: str, markers: str) -> None:
-    """Inside valgrind: the inputs, one call that warms up, one between the markers; prints the units."""
+def run_marked(markers: str, names: list[str]) -> None:
+    """Inside valgrind: for each work its inputs, one call that warms up, one between the markers; prints the units."""
     library = ctypes.CDLL(markers)
-    found = next(
-        (work for work in RUST if work.name == name), None
-    )  # without importing torch, which takes minutes here
-    found = found or next(work for work in kernel_works() if work.name == name)
-    call, units = found.prepare()
-    call()
-    library.start()
-    call()
-    library.stop()
-    print(f"units {units}")
+    known = {work.name: work for work in RUST}  # without importing torch, where none of its kernels is asked for
+    if not set(names) <= set(known):
+        known |= {work.name: work for work in kernel_works()}
+    for name in names:
+        call, units = known[name].prepare()
+        call()
+        library.start()
+        call()
+        library.stop(name.encode())
+        print(f"units {units} {name}", flush=True)
 
 
 if __name__ == "__main__":
-    run_marked(*sys.argv[1:3])
+    run_marked(sys.argv[1], sys.argv[2:])
