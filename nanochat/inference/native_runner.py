@@ -18,7 +18,7 @@ from torch import Tensor
 from nanochat.errors import UsageError
 from nanochat.inference.paged_cache import PagedCache
 from nanochat.inference.step import StepBatch
-from nanochat.model.gpt import GATE_CHANNELS, GPT, SMEAR_CHANNELS, SOFTCAP, Block
+from nanochat.model.gpt import GATE_CHANNELS, GPT, SMEAR_CHANNELS, SOFTCAP, Block, Embedding
 from nanochat_kernels import native
 from nanochat_kernels.packed_weights import FORMATS, PackedWeight, pack
 
@@ -65,7 +65,8 @@ class NativeRunner:
                 self.layers += [linear.words, linear.scales]
             gate = block.attn.gate
             self.layers.append(none if gate is None else gate.weight.detach().float().contiguous())
-            self.layers.append(none if gate is None else model.value_embeds[str(i)].weight.detach())
+            table = None if gate is None else cast("Embedding", model.value_embeds[str(i)])
+            self.layers.append(none if table is None else table.weight.detach())
         self.scalars = [config.qk_scale, SOFTCAP, 0.0, 0.0] + [1.0, 0.0] * config.layers
         if config.is_current:
             pairs = torch.stack([model.resid_scale, model.x0_scale], dim=1).flatten().tolist()
