@@ -287,7 +287,7 @@ def test_a_failing_step_ends_what_ran_and_nothing_else(make_model, tokenizer):
     "tokens, params, told",
     [((), GREEDY, "no tokens"), ((BOS, 265), GREEDY, "265 is not a token id"), ((-1,), GREEDY, "-1 is not"),
      ((10**30,), GREEDY, "is not a token id"), ((1,) * 512, GREEDY, "512.*shorten"),
-     ((1,) * 400, GREEDY, "512 tokens need 32 blocks of the full cache, which has 20")],
+     ((1,) * 400, GREEDY, "480 tokens need 30 blocks of the full cache, which has 20")],
 )  # fmt: skip
 def test_what_can_never_run_is_refused(make_model, tokenizer, tokens, params, told):
     engine = engine_of(make_model(), tokenizer, num_blocks=20)
