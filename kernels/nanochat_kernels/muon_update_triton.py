@@ -14,6 +14,7 @@ epilogue, were the last one ours. A row must fit one program: 16,384 columns and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -185,7 +186,7 @@ def _warps(length: int) -> int:
     return min(max(triton.next_power_of_2(length) // 512, 1), 16)
 
 
-def _tile(by_row: bool) -> dict[str, int]:
+def _tile(by_row: bool) -> dict[str, Any]:
     """Rows are summed along memory, columns across it: the wide side of the tile lies along memory."""
     return {"BLOCK": 8, "BLOCK_INNER": 256} if by_row else {"BLOCK": 128, "BLOCK_INNER": 16}
 

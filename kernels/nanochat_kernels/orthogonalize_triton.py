@@ -207,12 +207,13 @@ def shipped() -> Iterator[Build]:
     types = dict.fromkeys(("x_ptr", "add_ptr", "out_ptr"), "*bf16")
     types |= dict.fromkeys(("rows", "columns", "x_batch", "x_row", "x_column"), "i32")
     types |= dict.fromkeys(("alpha", "beta"), "fp32")
+    kinds: dict[str, dict[str, object]] = {
+        "gram wide": {"x_column": 1, "add_ptr": None},
+        "gram tall": {"x_row": 1, "add_ptr": None},
+        "polynomial": {"x_column": 1},
+    }
     for launch in SHIPPED:
-        for kind, constants in (
-            ("gram wide", {"x_column": 1, "add_ptr": None}),
-            ("gram tall", {"x_row": 1, "add_ptr": None}),
-            ("polynomial", {"x_column": 1}),
-        ):
+        for kind, constants in kinds.items():
             tile = {"HAS_ADD": kind == "polynomial", "EVEN": True, "BLOCK": launch.BLOCK, "BLOCK_K": launch.BLOCK_K}
             arguments = {name: kind_ for name, kind_ in types.items() if name not in constants}
             name = f"orthogonalize {kind} {launch.BLOCK}x{launch.BLOCK_K} {launch.num_warps} warps"

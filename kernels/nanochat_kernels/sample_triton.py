@@ -183,7 +183,7 @@ def _sample_kernel(
             if highest > score:
                 best = start + tl.argmax(noisy, axis=0)
                 score = highest
-    tl.store(token_ptr + row, best.to(tl.int64))
+    tl.store(token_ptr + row, tl.cast(best, tl.int64))
 
 
 def sample_triton(
