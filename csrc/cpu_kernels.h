@@ -9,8 +9,9 @@
 //   int8         y = s·Σ_g Σ x·q                  scales: float s per output
 //   int4         y = Σ_g (s_g·Σ x·q + o_g·Σ x)    scales: half s, o per group of 64 inputs, (panel, group, 2, 32)
 //
-// For int8 and int4 the inputs of a group of 64 are rounded to 16 bits, so that products of pairs add up exactly in 32-bit
-// integers: half the instructions of a conversion to float, and the same numbers on every machine within a group.
+// For int8 and int4 the inputs of a group of 64 are rounded to 16 bits, so that products of pairs add up exactly in
+// 32-bit integers: half the instructions of a conversion to float, and the same numbers on every machine within a
+// group.
 //
 // No torch header is included here or in any file that is compiled for a SIMD level: these build in seconds, and no
 // inline function of a library can leak instructions that a smaller machine lacks.
