@@ -51,10 +51,11 @@ def cpu_parts(peer: tuple[str, ...], data: tuple[str, ...], corpus: tuple[str, .
 def gpu_parts(peer: tuple[str, ...], data: tuple[str, ...], corpus: tuple[str, ...]) -> list[Part]:
     d24 = ("--depth", "24", "--seq-len", "2048", "--rows", "16", "--steps", "10", "--compile")
     d12 = ("--depth", "12", "--seq-len", "2048", "--rows", "32", "--steps", "20", "--compile")
+    graphs = "bf16,bf16-eager,torch-bf16,torch-bf16-eager"
     return [
         Part("kernels", (), 6),
         Part("train", (*d12, "--window-pattern", "L", *peer), 8),
-        Part("infer", ("--depth", "20", "--sides", "torch-bf16", "--batch", "1,64", *peer), 5),
+        Part("infer", ("--depth", "20", "--batch", "1,8,64", *peer), 5),
         Part("train", (*d12, "--kernels", "auto", "fused", "--rounds", "1"), 5),
         Part("kernels", ("--step", "d12", "--seq-len", "2048", "--rows", "32", "--compile"), 8),
         Part("estimator", ("--depth", "12", "--seq-len", "2048", "--rows", "32", "--mode", "train-compiled"), 1),
@@ -62,6 +63,9 @@ def gpu_parts(peer: tuple[str, ...], data: tuple[str, ...], corpus: tuple[str, .
         Part("train", (*d24, "--dtype", "bfloat16", "fp8", "--rounds", "1", *peer), 9),
         Part("train", (*d12, "--kernels", "fused", "--ablate", "--rounds", "1"), 10),
         Part("loader", data, 2),
+        Part("infer", ("--depth", "20", "--sides", graphs, "--batch", "1,8", "--rounds", "3"), 3),
+        Part("infer", ("--depth", "12", "--batch", "1,64", "--prompt", "1920", "--rounds", "3"), 3),
+        Part("infer", ("--depth", "24", "--batch", "1,8", "--rounds", "3"), 3),
         Part("eval", ("--depth", "12"), 3),
         Part("tokenizer", corpus, 3),
     ]

@@ -50,10 +50,17 @@ if [ "${DRY:-0}" = 1 ]; then
   exit "$failed"
 fi
 
+part build 4 "$python" setup.py build_ext --inplace
 part verify 4 "$python" -m nanochat_kernels.verify --json "$out/logs/verify.json"
 part tests 5 "$python" -m pytest -q -m gpu tests -p no:cacheprovider
-bench everything "$minutes" all --minutes "$((minutes - 9 > 5 ? minutes - 9 : 5))" ${PEER:+--peer "nanochat=$PEER"}
+bench everything "$minutes" all --minutes "$((minutes - 13 > 5 ? minutes - 13 : 5))" ${PEER:+--peer "nanochat=$PEER"}
 part profile_train 2 "$python" -P -m nanochat profile train --depth 12 --seq-len 2048 --rows 16 --compile --out "$out/logs/profile"
 part profile_infer 2 "$python" -P -m nanochat profile infer --depth 20 --rows 1 --out "$out/logs/profile_infer"
+if sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null); then
+  for tool in memcheck racecheck; do
+    part "$tool" 4 "$sanitizer" --tool "$tool" --error-exitcode 1 "$python" -m nanochat_kernels.verify --backends cuda \
+      --device cuda --sizes small odd
+  done
+fi
 part report 1 "$python" -P -m benchmarks.report --results "$(dirname "$out")" --out "$out/logs/report"
 exit "$failed"

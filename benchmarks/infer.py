@@ -5,10 +5,12 @@
     nanochat bench infer --peer transformers --sides fp32             # beside transformers' NanoChat class
     nanochat bench infer --quality --text ../shared/data/text         # what each format costs in bits per byte
 
-A side is a way to hold the weights: fp32, bf16, int8, int4 (C++ kernels), torch, torch-bf16 (the same engine through
-torch's ops). Sides and peers take turns, A B A B; ours stay in this process, a peer starts in a process of its own
-every time. What is timed is the whole engine with its draw (greedy), not a kernel. Weights are random: speed does not
-depend on them, quality does, so `--quality` takes a checkpoint.
+A side is a way to hold the weights: fp32, bf16, int8, int4 (C++ kernels; on a GPU bf16, fp8, int8 by CUDA kernels),
+torch, torch-bf16 (the same engine through torch's ops). On a GPU decode steps are replayed as graphs; with -eager behind
+its name a side launches one kernel at a time, so `bf16,bf16-eager,torch-bf16,torch-bf16-eager` says what graphs and what
+fused kernels bring. Sides and peers take turns, A B A B; ours stay in this process, a peer starts in a process of its
+own every time. What is timed is the whole engine with its draw (greedy), not a kernel. Weights are random: speed does
+not depend on them, quality does, so `--quality` takes a checkpoint.
 
 A decode step cannot be faster than its bytes: packed weights once, keys and values in sight per row. `mbu` is those
 bytes ÷ time ÷ the read bandwidth measured in the same run. The last line of output is one JSON object.
@@ -34,17 +36,21 @@ from benchmarks.serve import SPECIALS, any_tokenizer
 from nanochat.doctor import read_bandwidth
 from nanochat.errors import NanochatError, UsageError
 from nanochat.inference.batch_engine import BatchConfig, BatchEngine, Request
+from nanochat.inference.cuda_graphs import GraphRunner
 from nanochat.inference.paged_cache import BLOCK_SIZE
 from nanochat.inference.runner import make_runner
 from nanochat.inference.sampling import SamplingParams
 from nanochat.inference.step import Runner, TorchRunner
+from nanochat.measure import machine
 from nanochat.model.config import GPTConfig
 from nanochat.model.costs import decode_flops, linear_parameters
 from nanochat.model.gpt import GPT
 from nanochat_kernels import KernelPlan
 from nanochat_kernels.registry import Cost
 
-SIDES = ("fp32", "bf16", "int8", "int4", "torch", "torch-bf16")
+NATIVE = {"cpu": ("fp32", "bf16", "int8", "int4"), "cuda": ("bf16", "fp8", "int8")}
+THROUGH_TORCH = ("torch", "torch-bf16")
+EAGER = "-eager"
 PEER_SCRIPT = Path(__file__).with_name("infer_peer.py")
 
 
@@ -54,8 +60,10 @@ class InferConfig:
 
     depth: int = 12
     """Layers of the model."""
-    sides: str = "fp32,bf16,int8,int4"
-    """fp32, bf16, int8, int4, torch, torch-bf16, separated by commas."""
+    sides: str = "auto"
+    """Separated by commas; auto = every weight format of the device's kernels."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
     batch: str = "1"
     """Rows at a time, separated by commas."""
     prompt: int = 256
@@ -65,7 +73,7 @@ class InferConfig:
     rounds: int = 5
     """How often the sides take turns."""
     peer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """nanochat=PATH (float32), nanochat-bf16=PATH, transformers."""
+    """nanochat=PATH (float32 on a CPU), nanochat-bf16=PATH, transformers."""
     vocab_size: int = 32768
     """Of the model."""
     seq_len: int = 2048
@@ -88,9 +96,6 @@ class InferConfig:
     """Tokens scored by --quality."""
 
     def __post_init__(self) -> None:
-        unknown = set(self.chosen()) - set(SIDES)
-        if unknown:
-            raise UsageError(f"--sides {self.sides}: use {', '.join(SIDES)}")
         if not all(part.isdigit() and int(part) for part in self.batch.split(",")):
             raise UsageError(f"--batch {self.batch}: use whole numbers of at least 1, separated by commas")
         for name, least in (("depth", 1), ("prompt", 1), ("decode", 2), ("rounds", 1), ("threads", 0)):
@@ -103,28 +108,49 @@ class InferConfig:
             if kind not in ("nanochat", "nanochat-bf16", "transformers") or (kind != "transformers" and not path):
                 raise UsageError(f"--peer {peer}: use nanochat=PATH, nanochat-bf16=PATH or transformers")
 
-    def chosen(self) -> list[str]:
-        return [part.strip() for part in self.sides.split(",") if part.strip()]
+    def chosen(self, device: torch.device) -> list[str]:
+        """The sides to measure on `device`; UsageError for one that it does not have."""
+        native = NATIVE[device.type]
+        if self.sides == "auto":
+            return list(native)
+        names = [part.strip() for part in self.sides.split(",") if part.strip()]
+        known = [*native, *THROUGH_TORCH]
+        known += [name + EAGER for name in known] if device.type == "cuda" else []
+        for name in set(names) - set(known):
+            raise UsageError(f"--sides {self.sides}: {name} is not one of {', '.join(known)} on {device.type}")
+        return names
+
+
+def format_of(side: str) -> str:
+    return side.removesuffix(EAGER).removeprefix("torch").removeprefix("-") or "fp32"
 
 
 def runner_of(side: str, model: GPT, kernels: str) -> Runner:
-    if not side.startswith("torch"):
-        return make_runner(model, side)  # type: ignore[arg-type]
-    dtype = torch.bfloat16 if side.endswith("bf16") else torch.float32
-    plan = KernelPlan.resolve(kernels, dtype=dtype, mode="decode")
-    cast = GPT(model.config, plan, dtype).eval()
-    cast.load_state_dict(model.state_dict())
-    return TorchRunner(cast, plan)
+    device, name = model.device, side.removesuffix(EAGER)
+    if name in THROUGH_TORCH:
+        dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
+        plan = KernelPlan.resolve(kernels, device, dtype, "decode")
+        cast = GPT(model.config, plan, dtype).to(device).eval()
+        cast.load_state_dict(model.state_dict())
+        runner: Runner = TorchRunner(cast, plan)
+        return GraphRunner(runner, device) if device.type == "cuda" and runner.capturable and side == name else runner
+    made = make_runner(model, name)  # type: ignore[arg-type]
+    return made.runner if isinstance(made, GraphRunner) and side != name else made
+
+
+def weight_bytes(runner: Runner, config: GPTConfig) -> int:
+    """Bytes of the matrices that every step reads, as they are held."""
+    held = runner.runner if isinstance(runner, GraphRunner) else runner
+    return getattr(held, "nbytes", linear_parameters(config) * runner.cache_dtype.itemsize)
 
 
 def step_bytes(runner: Runner, config: GPTConfig, rows: int, context: int) -> float:
     """What one decode step reads: weights as held, looked-up embedding rows, keys and values in sight."""
-    width = getattr(runner, "cache_dtype", torch.float32).itemsize
-    weights = getattr(runner, "nbytes", linear_parameters(config) * width)
+    width = runner.cache_dtype.itemsize
     keys = sum(min(window + 1, context) for window in config.windows)
     values = config.kv_heads * config.head_dim
     tables = config.width + sum(config.has_value_embedding(i) for i in range(config.layers)) * values
-    return weights + rows * (4 * tables + 2 * values * keys * width)
+    return weight_bytes(runner, config) + rows * (4 * tables + 2 * values * keys * width)
 
 
 class Ours:
@@ -161,14 +187,20 @@ class Ours:
         return {"first": first, "steps": steps}
 
 
-def peer_of(config: InferConfig, peer: str, batch: int) -> Callable[[], dict[str, Any]]:
+def bandwidth_of(device: torch.device) -> float:
+    """Bytes/s now: what reading alone reaches on a CPU, what copying reaches on a GPU."""
+    return machine.ceilings(device).bandwidth if device.type == "cuda" else read_bandwidth()
+
+
+def peer_of(config: InferConfig, peer: str, batch: int, device: torch.device) -> Callable[[], dict[str, Any]]:
     kind, _, path = peer.partition("=")
     settings = {"depth": config.depth, "batch": batch, "prompt": config.prompt, "decode": config.decode,
                 "vocab-size": config.vocab_size, "seq-len": config.seq_len,
                 "threads": torch.get_num_threads()}  # fmt: skip
     command = [sys.executable, str(PEER_SCRIPT), kind.removesuffix("-bf16"), "--path", path]
     command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    dtype = "bfloat16" if kind.endswith("bf16") else "float32"
+    command += ["--device", device.type]
+    dtype = "bfloat16" if kind.endswith("bf16") or device.type == "cuda" else "float32"
     return lambda: harness.run_json(command, isolated=True, env={"NANOCHAT_DTYPE": dtype, "PYTHONPATH": ""})
 
 
@@ -177,10 +209,9 @@ def compare(config: InferConfig, model: GPT, runners: dict[str, Runner], batch: 
     engines = {name: Ours(config, model, runner, batch) for name, runner in runners.items()}
     for engine in engines.values():
         engine()  # warm up: tables, buffers, first touch of memory
-    sides: dict[str, Callable[[], dict[str, Any]]] = {"bandwidth": lambda: {"bandwidth": read_bandwidth()}}
-    runs = harness.interleave(
-        sides | engines | {p.partition("=")[0]: peer_of(config, p, batch) for p in config.peer}, config.rounds
-    )
+    sides: dict[str, Callable[[], dict[str, Any]]] = {"bandwidth": lambda: {"bandwidth": bandwidth_of(model.device)}}
+    peers = {p.partition("=")[0]: peer_of(config, p, batch, model.device) for p in config.peer}
+    runs = harness.interleave(sides | engines | peers, config.rounds)
     bandwidth = max(run["bandwidth"] for run in runs.pop("bandwidth"))
     context = config.prompt + config.decode // 2
     found: dict[str, Any] = {"read_bandwidth": bandwidth}
@@ -192,13 +223,14 @@ def compare(config: InferConfig, model: GPT, runners: dict[str, Runner], batch: 
         step = harness.Timing(medians).median  # the median of the rounds' medians
         fields = {"case": f"d{config.depth} b{batch} p{config.prompt}", "threads": torch.get_num_threads(),
                   "backend": ("torch" if name.startswith("torch") else "native") if ours else None,
-                  "peer": None if ours else name, "dtype": name.removeprefix("torch-") if ours else None}  # fmt: skip
+                  "peer": None if ours else name, "dtype": format_of(name) if ours else None,
+                  "graph": isinstance(runners.get(name), GraphRunner)}  # fmt: skip
         cell = {"first_s": first.median, "step_s": step, "p50_s": steps.median, "p95_s": steps.quantile(0.95),
                 "tokens_per_s": batch / step}  # fmt: skip
         cost = None
         if ours:
             moved = step_bytes(runners[name], model.config, batch, context)
-            weights = getattr(runners[name], "nbytes", None)
+            weights = None if name.startswith("torch") else weight_bytes(runners[name], model.config)
             cost = Cost(moved, batch * decode_flops(model.config, context))
             cell |= {"mbu": moved / step / bandwidth, "cache_bytes": engines[name].engine.cache.nbytes}
             if weights:
@@ -220,26 +252,30 @@ def main() -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.quality:
-        formats = [side for side in config.chosen() if not side.startswith("torch")]
+        formats = [side for side in config.chosen(torch.device("cpu")) if not side.startswith("torch")]
         print(json.dumps(weights_quality.measure(formats, config.text, config.tag, config.eval_tokens)))
         return 0
     for peer in config.peer:
         kind, _, path = peer.partition("=")
         if path and not (Path(path) / "nanochat" / "engine.py").exists():
             raise NanochatError(f"--peer {peer}: there is no checkout of karpathy/nanochat in {path}")
-    plan = KernelPlan.resolve(config.kernels, mode="decode")
-    model = GPT(GPTConfig.from_depth(config.depth, config.vocab_size, config.seq_len), plan).eval()
+    device = harness.pick_device(config.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen = config.chosen(device)
+    plan = KernelPlan.resolve(config.kernels, device, dtype, "decode")
+    model = GPT(GPTConfig.from_depth(config.depth, config.vocab_size, config.seq_len), plan, dtype).eval()
     model.init_weights(torch.Generator().manual_seed(config.seed))
-    rows = harness.Rows("infer", torch.device("cpu"), out=config.out)
+    model.to(device)
+    rows = harness.Rows("infer", device, out=config.out)
     runners = {}
-    for side in config.chosen():
+    for side in chosen:
         begin = time.perf_counter()
         runners[side] = runner_of(side, model, config.kernels)
         harness.say(f"{side}: packed in {time.perf_counter() - begin:.1f} s")
     found = {f"b{batch}": compare(config, model, runners, int(batch), rows) for batch in config.batch.split(",")}
     rows.table(("tokens_per_s", "mbu", "p95_s"))
     found["rss"] = psutil.Process().memory_info().rss
-    print(json.dumps({"work": "infer", "depth": config.depth, "threads": torch.get_num_threads(),
+    print(json.dumps({"work": "infer", "depth": config.depth, "device": str(device), "threads": torch.get_num_threads(),
                       "quiet": not rows.disturbed, **found}))  # fmt: skip
     return 0
 

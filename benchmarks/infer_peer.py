@@ -41,7 +41,7 @@ def nanochat_steps(args):
     torch.manual_seed(0)
     model = GPT(config)
     model.init_weights()
-    engine = Engine(model.eval(), Words())
+    engine = Engine(model.to(args.device).eval(), Words())
     prompt = torch.randint(0, args.vocab_size, (args.prompt,)).tolist()
 
     def run(decode):
@@ -63,8 +63,8 @@ def transformers_steps(args):
     )  # fmt: skip
     torch.manual_seed(0)
     dtype = getattr(torch, os.environ.get("NANOCHAT_DTYPE", "float32"))
-    model = NanoChatForCausalLM(config).to(dtype).eval()
-    prompt = torch.randint(0, args.vocab_size, (args.batch, args.prompt))
+    model = NanoChatForCausalLM(config).to(args.device, dtype).eval()
+    prompt = torch.randint(0, args.vocab_size, (args.batch, args.prompt)).to(args.device)
 
     def run(decode):
         ids, cache = prompt, None
@@ -82,6 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("nanochat", "transformers"))
     parser.add_argument("--path", default="")
+    parser.add_argument("--device", default="cpu")
     for name in ("depth", "batch", "prompt", "decode", "vocab-size", "seq-len", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
