@@ -6,8 +6,8 @@
     nanochat bench infer --quality --text ../shared/data/text         # what each format costs in bits per byte
 
 A side is a way to hold the weights: fp32, bf16, int8, int4 (C++ kernels; on a GPU bf16, fp8, int8 by CUDA kernels),
-torch, torch-bf16 (the same engine through torch's ops). On a GPU decode steps are replayed as graphs; with -eager behind
-its name a side launches one kernel at a time, so `bf16,bf16-eager,torch-bf16,torch-bf16-eager` says what graphs and what
+torch, torch-bf16 (the same engine through torch's ops). On a GPU decode steps are replayed as graphs; a side named
+NAME-eager launches one kernel at a time, so `bf16,bf16-eager,torch-bf16,torch-bf16-eager` tells what graphs and what
 fused kernels bring. Sides and peers take turns, A B A B; ours stay in this process, a peer starts in a process of its
 own every time. What is timed is the whole engine with its draw (greedy), not a kernel. Weights are random: speed does
 not depend on them, quality does, so `--quality` takes a checkpoint.
