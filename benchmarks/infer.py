@@ -3,7 +3,7 @@
     nanochat bench infer                                              # d12, every weight format of the CPU kernels
     nanochat bench infer --peer nanochat=../nanochat --batch 1,8      # beside a checkout of karpathy/nanochat
     nanochat bench infer --peer transformers --sides fp32             # beside transformers' NanoChat class
-    nanochat bench infer --quality --text ../shared/data/text         # what each format costs in bits per byte
+    nanochat bench infer --quality --text FOLDER                     # what each format costs in bits per byte
 
 A side is a way to hold the weights: fp32, bf16, int8, int4 (C++ kernels; on a GPU bf16, fp8, int8 by CUDA kernels),
 torch, torch-bf16 (the same engine through torch's ops). On a GPU decode steps are replayed as graphs; a side named

@@ -9,4 +9,5 @@ if [ "${1:-}" = --long ]; then tier=(); shift; fi
 source runs/setup.sh dev
 bash runs/check.sh
 cargo test -q --manifest-path rustbpe/Cargo.toml
-pytest -q ${tier[@]+"${tier[@]}"} "$@"
+# one thread and one core per worker (tests/conftest.py); worksteal keeps them busy to the end
+pytest -q -n logical --maxprocesses 8 --dist worksteal ${tier[@]+"${tier[@]}"} "$@"

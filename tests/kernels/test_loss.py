@@ -117,7 +117,7 @@ def test_panels_in_bf16(monkeypatch):
 def test_no_gradients_no_gradient_memory():
     x, w, y = inputs()
     with torch.no_grad():
-        loss, _, dx, dw = torch.ops.nanochat.head_loss(x, w, y, None, None, 15.0, False, True, False)
+        loss, _, dx, dw = torch.ops.nanochat.head_loss(x, w, y, None, None, 15.0, "", True, False)
     assert dx.numel() == dw.numel() == 0
     torch.testing.assert_close(loss, OP.reference(x, w, y).detach())
 
@@ -127,8 +127,8 @@ def test_custom_ops_are_well_formed():
     y = y % 50
     y[3] = -1
     weights = torch.rand(y.numel())
-    torch.library.opcheck(torch.ops.nanochat.head_loss, (x, w, y, weights, 50, 15.0, False, True, True))
-    torch.library.opcheck(torch.ops.nanochat.head_nll, (x, w, y, None, 15.0, False))
+    torch.library.opcheck(torch.ops.nanochat.head_loss, (x, w, y, weights, 50, 15.0, "", True, True))
+    torch.library.opcheck(torch.ops.nanochat.head_nll, (x, w, y, None, 15.0, ""))
 
 
 def test_logits_never_exist_at_once():
