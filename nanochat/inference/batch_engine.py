@@ -340,7 +340,7 @@ class BatchEngine:
             at + 1 for work in works for at in range(work.start + work.count - work.drafts - 1, work.start + work.count)
         ]
         penalized = self._penalized(jobs, logits)
-        at = torch.tensor(positions, dtype=torch.int64, device=logits.device)
+        at = torch.from_numpy(np.array(positions, np.int64)).to(logits.device)
         ids = self._sampler[1].draw(self.model.plan, penalized, at)
         wanted = max(-1 if job.request.params.logprobs is None else job.request.params.logprobs for job in jobs)
         logprobs = None if wanted < 0 else LogProbs.of(logits, ids, wanted)
@@ -467,9 +467,10 @@ def batch_of(works: Sequence[Work], device: torch.device) -> StepBatch:
     held = [work.sequence.held for work in works if work.sequence.held is not None]
     width = max(h.blocks for h in held)
     tables = [np.frombuffer(h.tables[group], np.int32, width) for group in (FULL, WINDOW) for h in held]
-    lists = (tokens, previous, positions, outputs, starts, [work.start + work.count for work in works])
-    numbers = np.fromiter(itertools.chain(*lists), np.int32, sum(map(len, lists)))
-    packed = torch.from_numpy(np.concatenate([numbers, *tables])).to(device)  # one copy to the device
-    *parts, full, window = packed.split([*map(len, lists), len(held) * width, len(held) * width])
-    ids, before, at, wanted = (part.long() for part in parts[:4])
-    return StepBatch(ids, before, at, parts[4], parts[5], (full.view(-1, width), window.view(-1, width)), wanted)
+    long = np.array([*tokens, *previous, *positions, *outputs], np.int64).view(np.int32)
+    short = np.array([*starts, *(work.start + work.count for work in works)], np.int32)
+    packed = torch.from_numpy(np.concatenate([long, short, *tables])).to(device)  # one copy to the device
+    count, cells = len(tokens), len(held) * width
+    ids, before, at, wanted = packed[: long.size].view(torch.int64).split([count, count, count, len(outputs)])
+    begins, ends, full, window = packed[long.size :].split([len(starts), len(works), cells, cells])
+    return StepBatch(ids, before, at, begins, ends, (full.view(-1, width), window.view(-1, width)), wanted)
