@@ -336,7 +336,13 @@ void linear_many(const LinearArgs& a, int64_t begin, int64_t end, float* decoded
     for (int64_t k = 0; k < inputs; k += span) {
       const int64_t stop = k + span < inputs ? k + span : inputs;
       decode<format>(tile, k, stop, decoded);
+      // The words of the next span (or panel: they follow) come from memory while this one's rows are computed.
+      const char* next = reinterpret_cast<const char*>(tile.words + stop / Code<format>::per_word * kPanel);
+      const char* const next_end = next + (stop - k) / Code<format>::per_word * kPanel * 4;
+      const int64_t ahead = (next_end - next) * most / a.rows;  // bytes per group of rows
       for (int64_t row = 0; row < a.rows;) {
+        for (const char* line_end = next + ahead; next < line_end && next < next_end; next += 64)
+          __builtin_prefetch(next, 0, 2);
         const int64_t left = a.rows - row, even = left == most + 1 ? (left + 1) / 2 : left;  // no single row at the end
         with_rows<most>(even, [&](auto r) {
           if constexpr (is_integer(format))
