@@ -3,10 +3,12 @@
     nanochat bench serve --depth 20                                         # on a GPU: 256 requests
     nanochat bench serve --depth 4 --requests 32 --scale 0.1                # on a CPU
     nanochat bench serve --depth 12 --requests 16 --scale 0.2 --alone 4     # and some of them one at a time
+    nanochat bench serve --depth 4 --requests 16 --chats --alone 8          # short chats behind one system prompt
 
 The work is the one that others publish this figure for: random token ids, seed 0, lengths uniform in 100–1024 in and
 out, the end of an answer ignored; at full size 133,966 tokens of output. Weights are random: nothing here depends on
-what the model says. `--scale` shortens all lengths.
+what the model says. `--scale` shortens all lengths. `--chats` asks for another kind of work instead: prompts of 64
+tokens of which 48 are the same for all and stay in the cache, answers of 128.
 
 Reported: tokens of output per second, of prompts and output per second, tokens per step, preemptions, memory of the
 cache. `--alone N` runs the first N requests one at a time in an engine of the same kind and gives the ratio.
@@ -35,6 +37,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat_kernels import KernelPlan
 
 SHORTEST, LONGEST = 100, 1024
+CHAT_SYSTEM, CHAT_PROMPT, CHAT_ANSWER = 48, 64, 128
 SPECIALS = 9
 
 
@@ -48,6 +51,8 @@ class ServeConfig:
     """How many."""
     scale: float = 1.0
     """Lengths are multiplied by this: for machines that are slow."""
+    chats: bool = False
+    """Short chats behind one system prompt, instead of the published work."""
     alone: int = 0
     """Also run the first so many requests one at a time."""
     max_batch: int = 256
@@ -88,6 +93,13 @@ class ServeConfig:
 def requests_of(config: ServeConfig) -> list[Request]:
     """Lengths and tokens, drawn in the order in which the published benchmark draws them: prompts, then lengths."""
     draw = random.Random(config.seed)
+    if config.chats:
+        params = SamplingParams(config.temperature, max_tokens=CHAT_ANSWER, ignore_eos=True)
+        system, *own = [
+            tuple(draw.randrange(config.vocab_size - SPECIALS) for _ in range(length))
+            for length in [CHAT_SYSTEM] + [CHAT_PROMPT - CHAT_SYSTEM] * config.requests
+        ]
+        return [Request(str(number), system + text, params, tool=False) for number, text in enumerate(own)]
     low, high = max(1, round(SHORTEST * config.scale)), max(1, round(LONGEST * config.scale))
     largest = min(10_000, config.vocab_size - SPECIALS - 1)
     prompts = [tuple(draw.randint(0, largest) for _ in range(draw.randint(low, high))) for _ in range(config.requests)]
@@ -119,7 +131,7 @@ def run_batch(engine: BatchEngine, requests: list[Request]) -> float:
 
 def make_engine(config: ServeConfig, model: GPT, max_batch: int) -> BatchEngine:
     step = config.max_step_tokens or (4096 if model.device.type == "cuda" else 512)
-    settings = BatchConfig(max_batch, max(step, max_batch), prefix_cache=False, speculate=config.speculate)
+    settings = BatchConfig(max_batch, max(step, max_batch), prefix_cache=config.chats, speculate=config.speculate)
     return BatchEngine(model, any_tokenizer(config.vocab_size), settings, make_runner(model, config.weights))
 
 
@@ -136,7 +148,10 @@ def main() -> int:
         model.init_weights(torch.Generator(device).manual_seed(config.seed))
     requests = requests_of(config)
     rows = harness.Rows("serve", device, out=config.out)
-    case = f"d{config.depth}, {config.requests} requests, {SHORTEST}–{LONGEST} tokens × {config.scale:g}"
+    lengths = f"{SHORTEST}–{LONGEST} tokens × {config.scale:g}"
+    if config.chats:
+        lengths = f"chats of {CHAT_PROMPT} + {CHAT_ANSWER} tokens, {CHAT_SYSTEM} shared"
+    case = f"d{config.depth}, {config.requests} requests, {lengths}"
     sides = {"together": (config.max_batch, requests)}
     if config.alone:
         sides["one at a time"] = (1, requests[: config.alone])

@@ -115,26 +115,28 @@ def pool_sizes(
 ) -> tuple[int, int]:
     """Blocks of the (full, windowed) group, in the proportion in which one sequence of `context` tokens takes them.
 
-    As many as fit in cache_bytes, or num_blocks of the full group; by default what `sequences` and one more full
-    contexts take, or a share of the free memory. Raises NanochatError when not even one sequence fits.
+    As many as fit in cache_bytes; by default what `sequences` and one more full contexts take, or a share of the free
+    memory. num_blocks of the full group: as many windowed ones, as sequences shorter than the window take both alike,
+    but no more than `sequences` can see. Raises NanochatError when not even one sequence fits.
     """
     groups, window = layer_groups(config, context)
     each = blocks_per_sequence(window, context, block_size, chunk)
     costs = block_bytes(config, context, block_size, dtype)
     one = each[FULL] * costs[FULL] + each[WINDOW] * costs[WINDOW]
     if num_blocks is not None:
-        full = num_blocks
+        full, windowed = num_blocks, min(num_blocks, sequences * each[WINDOW])
     else:
         room = cache_bytes
         if room is None:
             room = min(one * (sequences + 1), int(_free_memory(device) * FREE_SHARE.get(device.type, 0.25)))
         full = each[FULL] * room // one
+        windowed = full * each[WINDOW] // each[FULL]
         if full < each[FULL]:
             raise NanochatError(
                 f"a cache of {room / 1e6:,.1f} MB is too small: one sequence of {context} tokens takes "
                 f"{one / 1e6:,.1f} MB; free memory, or set a smaller context"
             )
-    return full, max(each[WINDOW], full * each[WINDOW] // each[FULL]) if WINDOW in groups else 0
+    return full, max(each[WINDOW], windowed) if WINDOW in groups else 0
 
 
 def _free_memory(device: torch.device) -> float:
