@@ -54,6 +54,9 @@ struct V {
   static void store_any(float* p, I x) { _mm256_storeu_si256(reinterpret_cast<I*>(p), x); }
   static I set_words(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
   static I dot16(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+  static I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I dot8(I acc, I a, I b) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)); }
+  static I total8(I acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
   template <int n>
   static I shl16(I w) {
     return _mm256_slli_epi16(w, n);
@@ -67,9 +70,6 @@ struct V {
     return _mm256_srai_epi16(w, n);
   }
   static F halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static F bf16s(const uint16_t* p) {
-    return bits(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
-  }
 };
 
 #include "cpu_kernels_impl.h"

@@ -62,10 +62,15 @@ struct V {
   static void store_any(float* p, F x) { store(p, x); }
   static void store_any(float* p, I x) { _mm512_storeu_si512(p, x); }
   static I set_words(uint32_t w) { return _mm512_set1_epi32(static_cast<int>(w)); }
+  static I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
 #if NANOCHAT_VNNI
   static I dot16(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+  static I dot8(I acc, I a, I b) { return _mm512_dpbusd_epi32(acc, a, b); }
+  static I total8(I acc) { return acc; }
 #else
   static I dot16(I acc, I a, I b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
+  static I dot8(I acc, I a, I b) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b)); }
+  static I total8(I acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
 #endif
   template <int n>
   static I shl16(I w) {
@@ -81,9 +86,6 @@ struct V {
   }
   static F halves(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  }
-  static F bf16s(const uint16_t* p) {
-    return bits(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
 };
 

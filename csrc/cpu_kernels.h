@@ -9,9 +9,9 @@
 //   int8         y = s·Σ_g Σ x·q                  scales: float s per output
 //   int4         y = Σ_g (s_g·Σ x·q + o_g·Σ x)    scales: half s, o per group of 64 inputs, (panel, group, 2, 32)
 //
-// For int8 and int4 the inputs of a group of 64 are rounded to 16 bits, so that products of pairs add up exactly in
-// 32-bit integers: half the instructions of a conversion to float, and the same numbers on every machine within a
-// group.
+// Inputs are rounded too, each group of 64 to a scale of its own: to 16 bits for int8 weights and to 8 for int4, so
+// that products of two or four add up exactly in 32-bit integers. That takes half or a quarter of the instructions of a
+// conversion to float, and gives the same numbers on every machine within a group.
 //
 // No torch header is included here or in any file that is compiled for a SIMD level: these build in seconds, and no
 // inline function of a library can leak instructions that a smaller machine lacks.
@@ -22,7 +22,7 @@
 namespace nanochat {
 
 constexpr int64_t kPanel = 32;    // outputs per panel
-constexpr int64_t kGroup = 64;    // inputs per int4 scale, and per scale of 16-bit inputs
+constexpr int64_t kGroup = 64;    // inputs per int4 scale, and per scale of rounded inputs
 constexpr int64_t kDecode = 128;  // inputs decoded at a time for many rows: 16 KB of floats, half of an L1 cache
 
 enum class Format : int { fp32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
@@ -55,12 +55,12 @@ struct NormArgs {
   float *mixed, *y;
 };
 
-// One query position of one sequence against the paged cache, for the heads that share a key/value head.
+// One query position of one sequence against the paged cache, for `groups` key/value heads that lie side by side.
 struct AttendArgs {
-  const float* q;  // (heads, head_dim)
-  float* out;      // like q
-  int64_t heads, head_dim;
-  const void *k, *v;  // at the key/value head of block 0, slot 0; float or bf16
+  const float* q;                   // (groups, heads, head_dim)
+  float* out;                       // like q
+  int64_t groups, heads, head_dim;  // heads: that share a key/value head
+  const void *k, *v;                // at the first key/value head of block 0, slot 0; float or bf16
   bool bf16;
   int64_t block_stride, slot_stride;  // in elements
   const int32_t* table;
@@ -83,7 +83,9 @@ struct Kernels {
 inline int64_t linear_scratch(int64_t rows, int64_t inputs) {
   return kDecode * kPanel + rows * (inputs / 2 + 2 * ((inputs + kGroup - 1) / kGroup));
 }
-inline int64_t attend_scratch(int64_t heads, int64_t keys) { return heads * keys; }
+inline int64_t attend_scratch(int64_t heads, int64_t keys, int64_t head_dim) {
+  return heads * (keys + 1 + 2 * head_dim);
+}
 
 inline float from_bf16(uint16_t bits) {
   union {

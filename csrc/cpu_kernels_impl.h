@@ -15,8 +15,9 @@ NANOCHAT_INLINE void unroll(Body&& body) {
   }(std::make_integer_sequence<int, N>{});
 }
 
-// What a word holds. fp32 and bf16: at<i> is weight i of every lane as floats. int8 and int4: at<i> is the pair of
-// weights (i, i + per_word/2) as the two 16-bit halves of every lane, ready for a dot product with two inputs.
+// What a word holds. fp32 and bf16: at<i> is weight i of every lane as floats. int8: at<i> is the pair of weights
+// (i, i + 2) as the two 16-bit halves of every lane; int4: at<i> is the four weights i, i + 2, i + 4, i + 6 as its four
+// bytes: ready for a dot product with as many inputs.
 template <Format format>
 struct Code;
 template <>
@@ -48,10 +49,12 @@ struct Code<Format::int4> {
   static constexpr int per_word = 8;
   template <int i>
   static NANOCHAT_INLINE V::I at(V::I w) {
-    return i == 3 ? V::template shr16<12>(w) : V::mask(V::template shr16<4 * i>(w), 0x000f000fu);
+    return V::mask(V::template shr16<4 * i>(w), 0x0f0f0f0fu);
   }
 };
 constexpr bool is_integer(Format format) { return format == Format::int8 || format == Format::int4; }
+// Words of inputs (and of decoded weights per output) that k weights of an integer product meet.
+constexpr int64_t input_words(Format format, int64_t k) { return format == Format::int8 ? k / 2 : k / 4; }
 
 NANOCHAT_INLINE V::F exp_of(V::F x) {  // Cephes' expf: 2^n · e^r with |r| ≤ ln2/2, about 1 ulp
   x = V::min(V::max(x, V::set(-87.0f)), V::set(88.0f));
@@ -90,12 +93,13 @@ NANOCHAT_INLINE V::F finish(V::F y, Epilogue epilogue, float softcap) {
   return y;
 }
 
-// The inputs of integer products: 16-bit numbers times a scale per row and group, whose error of 1/65534 of the group's
-// largest input is far below what the weights' own rounding does. 16 bits times 8, over a group, cannot overflow 32.
+// The inputs of integer products, a scale per row and group: 16-bit numbers for int8, whose error of 1/65534 of the
+// group's largest input is far below what the weights' own rounding does, and 8-bit ones for int4, whose 1/254 is well
+// below the 1/30 of an int4 weight. Neither can overflow 32 bits over a group.
 struct Inputs {
-  const uint32_t* words;       // (rows, inputs/2), pairs in the order in which weights come out of their words
+  const uint32_t* words;       // (rows, stride), in the order in which weights come out of their words
   const float *scales, *sums;  // (rows, groups); sums: of the rounded inputs, scaled
-  int64_t groups;
+  int64_t groups, stride;
 };
 
 struct Scratch {
@@ -113,8 +117,10 @@ NANOCHAT_INLINE Scratch scratch_of(const LinearArgs& a, float* scratch) {
   return s;
 }
 
-// 64 inputs → 32 words of two 16-bit numbers; per: weights per word.
-NANOCHAT_INLINE void quantize_group(const float* x, int per, uint32_t* words, float* scale, float* sum) {
+// 64 inputs → 32 words of two 16-bit numbers (int8) or 16 words of four bytes (int4).
+template <Format format>
+NANOCHAT_INLINE void quantize_group(const float* x, uint32_t* words, float* scale, float* sum) {
+  constexpr int per = Code<format>::per_word, each = per / 2, bits = 32 / each;
   V::F top = V::zero();
   for (int64_t k = 0; k < kGroup; k += V::lanes) {
     const V::F value = V::load(x + k);
@@ -123,28 +129,63 @@ NANOCHAT_INLINE void quantize_group(const float* x, int per, uint32_t* words, fl
   float lanes[V::lanes], most = 0.0f;
   V::store(lanes, top);
   for (float lane : lanes) most = lane > most ? lane : most;
-  const float step = most / 32767.0f, inverse = step > 1e-35f ? 1.0f / step : 0.0f;
+  const float step = most / static_cast<float>((1 << (bits - 1)) - 1), inverse = step > 1e-35f ? 1.0f / step : 0.0f;
   int32_t codes[kGroup];
   int32_t total = 0;
   for (int64_t k = 0; k < kGroup; k += V::lanes) V::store_int(codes + k, V::mul(V::load(x + k), V::set(inverse)));
   for (int64_t k = 0; k < kGroup; ++k) total += codes[k];
   for (int64_t k = 0; k < kGroup; k += per)
-    for (int i = 0; i < per / 2; ++i)
-      words[k / 2 + i] =
-          (static_cast<uint32_t>(codes[k + i]) & 0xffffu) | (static_cast<uint32_t>(codes[k + i + per / 2]) << 16);
+    for (int i = 0; i < 2; ++i) {
+      uint32_t word = 0;
+      for (int j = 0; j < each; ++j)
+        word |= (static_cast<uint32_t>(codes[k + i + 2 * j]) & ((1u << bits) - 1)) << (bits * j);
+      *words++ = word;
+    }
   *scale = step;
   *sum = step * static_cast<float>(total);
 }
 
-void prepare(const LinearArgs& a, float* scratch) {
-  if (!is_integer(a.weight.format)) return;
-  const Scratch s = scratch_of(a, scratch);
-  const int64_t inputs = a.weight.inputs, groups = inputs / kGroup;
-  const int per = a.weight.format == Format::int8 ? 4 : 8;
+template <Format format>
+void prepare_of(const LinearArgs& a, const Scratch& s) {
+  const int64_t groups = a.weight.inputs / kGroup, words = input_words(format, kGroup);
   for (int64_t row = 0; row < a.rows; ++row)
-    for (int64_t g = 0; g < groups; ++g)
-      quantize_group(a.x + row * a.x_stride + g * kGroup, per, s.words + row * (inputs / 2) + g * (kGroup / 2),
-                     s.scales + row * groups + g, s.sums + row * groups + g);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t at = row * groups + g;
+      quantize_group<format>(a.x + row * a.x_stride + g * kGroup, s.words + at * words, s.scales + at, s.sums + at);
+    }
+}
+
+void prepare(const LinearArgs& a, float* scratch) {
+  if (a.weight.format == Format::int8) prepare_of<Format::int8>(a, scratch_of(a, scratch));
+  if (a.weight.format == Format::int4) prepare_of<Format::int4>(a, scratch_of(a, scratch));
+}
+
+// acc ← the dot products of a group of weights, weight(block, i, vector) as Code::at<i> gives them, with the inputs of
+// R rows. int4's bytes may add up in 16 bits, which 8 times 2·15·127 do not fill, before they are widened.
+template <Format format, int R, int N, class Weight>
+NANOCHAT_INLINE void dot_group(V::I (&acc)[R][N], const Inputs& x, int64_t row, int64_t group, Weight&& weight) {
+  constexpr bool bytes = format == Format::int4;
+  constexpr int64_t blocks = kGroup / Code<format>::per_word, run = bytes ? 4 : blocks;
+  const uint32_t* inputs = x.words + row * x.stride + group * 2 * blocks;
+  unroll<R>([&](auto r) { unroll<N>([&](auto v) { acc[r][v] = V::set_words(0); }); });
+  for (int64_t first = 0; first < blocks; first += run) {
+    V::I sum[R][N];
+    unroll<R>([&](auto r) { unroll<N>([&](auto v) { sum[r][v] = V::set_words(0); }); });
+#pragma GCC unroll 1  // unrolled, all products come first and their sums last, through memory
+    for (int64_t block = first; block < first + run; ++block)
+      unroll<2>([&](auto i) {
+        V::I input[R];
+        unroll<R>([&](auto r) { input[r] = V::set_words(inputs[r * x.stride + 2 * block + i]); });
+        unroll<N>([&](auto v) {
+          const V::I w = weight(block, i, v);
+          unroll<R>(
+              [&](auto r) { sum[r][v] = bytes ? V::dot8(sum[r][v], w, input[r]) : V::dot16(sum[r][v], w, input[r]); });
+        });
+      });
+    unroll<R>([&](auto r) {
+      unroll<N>([&](auto v) { acc[r][v] = V::add_words(acc[r][v], bytes ? V::total8(sum[r][v]) : sum[r][v]); });
+    });
+  }
 }
 
 struct Tile {  // where a product's panel finds its parts
@@ -219,39 +260,28 @@ NANOCHAT_APART void direct(const LinearArgs& a, int64_t panel, const Inputs&) {
 template <Format format, int R, int P>
 NANOCHAT_APART void direct_integer(const LinearArgs& a, int64_t panel, const Inputs& x) {
   using C = Code<format>;
-  constexpr int per = C::per_word, vecs = P * kVecs, together = kTogether<R>;
+  constexpr int vecs = P * kVecs, together = kTogether<R>;
+  constexpr int64_t blocks = kGroup / C::per_word;
   float* y = a.y + panel * kPanel;
   Tile tiles[P];
   for (int p = 0; p < P; ++p) tiles[p] = tile_of<format>(a.weight, panel + p);
-  for (int64_t group = 0; group < x.groups; ++group) {
-    V::I acc[R][vecs];
-    unroll<R>([&](auto r) { unroll<vecs>([&](auto v) { acc[r][v] = V::set_words(0); }); });
-    const uint32_t* inputs = x.words + group * (kGroup / 2);
-    for (int64_t block = group * (kGroup / per); block < (group + 1) * (kGroup / per); ++block, inputs += per / 2) {
-      unroll<vecs / together>([&](auto part) {
-        V::I word[together];
-        unroll<together>([&](auto j) {
-          constexpr int v = part * together + j;
-          word[j] = V::words(tiles[v / kVecs].words + block * kPanel + (v % kVecs) * V::lanes);
-        });
-        unroll<per / 2>([&](auto i) {
-          V::I pair[R];
-          unroll<R>([&](auto r) { pair[r] = V::set_words(inputs[r * (a.weight.inputs / 2) + i]); });
-          unroll<together>([&](auto j) {
-            const V::I w = C::template at<i>(word[j]);
+  for (int64_t group = 0; group < x.groups; ++group)
+    unroll<vecs / together>([&](auto part) {
+      V::I acc[R][together];
+      dot_group<format, R, together>(
+          acc, x, 0, group, [&](int64_t block, auto i, auto j) __attribute__((always_inline)) {
             constexpr int v = part * together + j;
-            unroll<R>([&](auto r) { acc[r][v] = V::dot16(acc[r][v], w, pair[r]); });
+            return C::template at<i>(
+                V::words(tiles[v / kVecs].words + (group * blocks + block) * kPanel + (v % kVecs) * V::lanes));
           });
+      unroll<together>([&](auto j) {
+        constexpr int v = part * together + j;
+        unroll<R>([&](auto r) {
+          settle<format>(a, tiles[v / kVecs], group, (v % kVecs) * V::lanes, acc[r][j], x.scales[r * x.groups + group],
+                         x.sums[r * x.groups + group], y + r * a.y_stride + v * V::lanes);
         });
-      });
-    }
-    unroll<vecs>([&](auto v) {
-      unroll<R>([&](auto r) {
-        settle<format>(a, tiles[v / kVecs], group, (v % kVecs) * V::lanes, acc[r][v], x.scales[r * x.groups + group],
-                       x.sums[r * x.groups + group], y + r * a.y_stride + v * V::lanes);
       });
     });
-  }
 }
 
 // R rows times one panel whose weights [begin, end) lie decoded in `decoded`; y carries the sums from span to span.
@@ -283,21 +313,14 @@ NANOCHAT_APART void blocked(const LinearArgs& a, const Tile&, const float* decod
 template <Format format, int R>
 NANOCHAT_APART void blocked_integer(const LinearArgs& a, const Tile& tile, const float* decoded, const Inputs& x,
                                     int64_t panel, int64_t row, int64_t begin, int64_t end) {
-  const int64_t stride = a.weight.inputs / 2;
   float* y = a.y + row * a.y_stride + panel * kPanel;
   const uint32_t* weights = reinterpret_cast<const uint32_t*>(decoded);
   for (int64_t group = begin / kGroup; group < end / kGroup; ++group) {
     V::I acc[R][kVecs];
-    unroll<R>([&](auto r) { unroll<kVecs>([&](auto v) { acc[r][v] = V::set_words(0); }); });
-    const uint32_t* inputs = x.words + row * stride + group * (kGroup / 2);
-    for (int64_t i = 0; i < kGroup / 2; ++i, weights += kPanel) {
-      V::I pair[R];
-      unroll<R>([&](auto r) { pair[r] = V::set_words(inputs[r * stride + i]); });
-      unroll<kVecs>([&](auto v) {
-        const V::I w = V::words(weights + v * V::lanes);
-        unroll<R>([&](auto r) { acc[r][v] = V::dot16(acc[r][v], w, pair[r]); });
-      });
-    }
+    dot_group<format, R, kVecs>(acc, x, row, group, [&](int64_t block, auto i, auto v) __attribute__((always_inline)) {
+      return V::words(weights + (2 * block + i) * kPanel + v * V::lanes);
+    });
+    weights += input_words(format, kGroup) * kPanel;
     unroll<kVecs>([&](auto v) {
       unroll<R>([&](auto r) {
         settle<format>(a, tile, group, v * V::lanes, acc[r][v], x.scales[(row + r) * x.groups + group],
@@ -309,7 +332,7 @@ NANOCHAT_APART void blocked_integer(const LinearArgs& a, const Tile& tile, const
 
 template <Format format>
 void decode(const Tile& tile, int64_t begin, int64_t end, float* decoded) {
-  constexpr int per = Code<format>::per_word, parts = is_integer(format) ? per / 2 : per;
+  constexpr int per = Code<format>::per_word, parts = is_integer(format) ? 2 : per;
   for (int64_t block = begin / per; block < end / per; ++block, decoded += parts * kPanel) {
     unroll<kVecs>([&](auto v) {
       const V::I word = V::words(tile.words + block * kPanel + v * V::lanes);
@@ -328,7 +351,7 @@ NANOCHAT_INLINE void with_rows(int64_t rows, Body&& body) {
 
 template <Format format>
 void linear_many(const LinearArgs& a, int64_t begin, int64_t end, float* decoded, const Inputs& x) {
-  constexpr int64_t span = is_integer(format) ? 2 * kDecode : kDecode;  // pairs take the room of one float
+  constexpr int64_t span = kDecode * (is_integer(format) ? kGroup / input_words(format, kGroup) : 1);  // fill `decoded`
   constexpr int most = is_integer(format) ? V::integer_rows : V::rows;
   const int64_t inputs = a.weight.inputs;
   for (int64_t panel = begin; panel < end; ++panel) {
@@ -367,7 +390,7 @@ NANOCHAT_INLINE void few(const LinearArgs& a, int64_t panel, const Inputs& x) {
 template <Format format>
 void linear_of(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
   const Scratch s = scratch_of(a, scratch);
-  const Inputs x{s.words, s.scales, s.sums, a.weight.inputs / kGroup};
+  const Inputs x{s.words, s.scales, s.sums, a.weight.inputs / kGroup, input_words(format, a.weight.inputs)};
   if (a.rows > V::rows) return linear_many<format>(a, begin, end, s.decoded, x);
   if (a.rows == 1)
     for (; begin + 2 <= end; begin += 2) few<format, 1, 2>(a, begin, x);
@@ -422,23 +445,44 @@ void rope_norm(float* head, const float* cos, const float* sin, int64_t d, float
   for (int64_t i = 0; i < d; ++i) head[i] *= factor;
 }
 
-NANOCHAT_INLINE V::F load_cache(const float* p) { return V::load(p); }
-NANOCHAT_INLINE V::F load_cache(const uint16_t* p) { return V::bf16s(p); }
+// Channels of a cache come in chunks of two vectors: halves of a chunk for floats; for bf16, whose pairs a 32-bit lane
+// holds, its even and its odd channels, which a shift and a mask turn into floats. Queries and outputs are
+// arranged likewise; what is left after whole chunks keeps its place.
+constexpr int64_t kChunk = 2 * V::lanes;
+NANOCHAT_INLINE void load_chunk(const float* p, V::F& a, V::F& b) {
+  a = V::load(p);
+  b = V::load(p + V::lanes);
+}
+NANOCHAT_INLINE void load_chunk(const uint16_t* p, V::F& a, V::F& b) {
+  const V::I w = V::words(reinterpret_cast<const uint32_t*>(p));
+  a = V::bits(V::template shl<16>(w));
+  b = V::bits(V::mask(w, 0xffff0000u));
+}
 NANOCHAT_INLINE float one_of(const float* p) { return *p; }
 NANOCHAT_INLINE float one_of(const uint16_t* p) { return from_bf16(*p); }
 
 template <class T>
-float dot(const float* q, const T* k, int64_t d) {
-  V::F a = V::zero(), b = V::zero(), c = V::zero(), e = V::zero();
+NANOCHAT_INLINE int64_t place_of(int64_t i, int64_t d) {  // where channel i stands among the d of a head
+  if (sizeof(T) == 4 || i >= d / kChunk * kChunk) return i;
+  const int64_t in = i % kChunk;
+  return i - in + in / 2 + in % 2 * V::lanes;
+}
+
+template <class T>
+float dot(const float* q, const T* k, int64_t d) {  // q arranged
+  V::F sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()}, a, b;
   int64_t i = 0;
-  for (; i + 4 * V::lanes <= d; i += 4 * V::lanes) {
-    a = V::fma(V::load(q + i), load_cache(k + i), a);
-    b = V::fma(V::load(q + i + V::lanes), load_cache(k + i + V::lanes), b);
-    c = V::fma(V::load(q + i + 2 * V::lanes), load_cache(k + i + 2 * V::lanes), c);
-    e = V::fma(V::load(q + i + 3 * V::lanes), load_cache(k + i + 3 * V::lanes), e);
+  const auto chunk = [&](int64_t at, V::F& even, V::F& odd) __attribute__((always_inline)) {
+    load_chunk(k + at, a, b);
+    even = V::fma(V::load(q + at), a, even);
+    odd = V::fma(V::load(q + at + V::lanes), b, odd);
+  };
+  for (; i + 2 * kChunk <= d; i += 2 * kChunk) {
+    chunk(i, sum[0], sum[1]);
+    chunk(i + kChunk, sum[2], sum[3]);
   }
-  for (; i + V::lanes <= d; i += V::lanes) a = V::fma(V::load(q + i), load_cache(k + i), a);
-  float total = V::sum(V::add(V::add(a, b), V::add(c, e)));
+  if (i + kChunk <= d) chunk(i, sum[0], sum[1]), i += kChunk;
+  float total = V::sum(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
   for (; i < d; ++i) total += q[i] * one_of(k + i);
   return total;
 }
@@ -461,50 +505,77 @@ float softmax_numerators(float* weights, int64_t n) {
   return total;
 }
 
-// out[0 … d) += Σ_t p[t]·v[t·stride …), eight vectors of channels at a time so that they stay in registers.
+// A head's keys lie a whole slot apart, a stride that no hardware prefetcher follows: ask for what comes a block later.
 template <class T>
-void add_weighted(float* out, const float* p, const T* v, int64_t n, int64_t stride, int64_t d) {
-  int64_t i = 0;
-  for (; i + 8 * V::lanes <= d; i += 8 * V::lanes) {
-    V::F acc[8];
-    unroll<8>([&](auto j) { acc[j] = V::load(out + i + j * V::lanes); });
-    for (int64_t t = 0; t < n; ++t) {
-      const V::F weight = V::set(p[t]);
-      unroll<8>([&](auto j) { acc[j] = V::fma(weight, load_cache(v + t * stride + i + j * V::lanes), acc[j]); });
-    }
-    unroll<8>([&](auto j) { V::store(out + i + j * V::lanes, acc[j]); });
+NANOCHAT_INLINE void prefetch(const T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
+}
+
+// out[i … i + N chunks) += Σ_t p[t]·v[t·stride …), out arranged: the sums stay in registers. `later`: the block to
+// prefetch meanwhile, or null.
+template <int N, class T>
+NANOCHAT_INLINE void add_chunks(float* out, const float* p, const T* v, const T* later, int64_t n, int64_t stride) {
+  V::F acc[2 * N];
+  unroll<2 * N>([&](auto j) { acc[j] = V::load(out + j * V::lanes); });
+  for (int64_t t = 0; t < n; ++t) {
+    if (later) prefetch(later + t * stride, N * kChunk);
+    const V::F weight = V::set(p[t]);
+    unroll<N>([&](auto j) {
+      V::F a, b;
+      load_chunk(v + t * stride + j * kChunk, a, b);
+      acc[2 * j] = V::fma(weight, a, acc[2 * j]);
+      acc[2 * j + 1] = V::fma(weight, b, acc[2 * j + 1]);
+    });
   }
+  unroll<2 * N>([&](auto j) { V::store(out + j * V::lanes, acc[j]); });
+}
+
+template <class T>
+void add_weighted(float* out, const float* p, const T* v, const T* later, int64_t n, int64_t stride, int64_t d) {
+  int64_t i = 0;
+  for (; i + 4 * kChunk <= d; i += 4 * kChunk) add_chunks<4>(out + i, p, v + i, later ? later + i : later, n, stride);
+  for (; i + kChunk <= d; i += kChunk) add_chunks<1>(out + i, p, v + i, later ? later + i : later, n, stride);
   for (; i < d; ++i)
     for (int64_t t = 0; t < n; ++t) out[i] += p[t] * one_of(v + t * stride + i);
 }
 
 template <class T>
 void attend_of(const AttendArgs& a) {
-  const int64_t keys = a.last - a.first + 1, d = a.head_dim;
+  const int64_t keys = a.last - a.first + 1, d = a.head_dim, heads = a.groups * a.heads;
+  float *totals = a.scratch + heads * keys, *q = totals + heads, *sums = q + heads * d;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(d));
-  // Calls body(first key's index, its address, how many) for the stretch inside each block.
+  // Calls body(first key's index, its address, the next block's or null, how many) for the stretch inside each block.
   const auto stretches = [&](const void* base, auto&& body) {
     for (int64_t position = a.first; position <= a.last;) {
       const int64_t slot = position % a.block_size, left = a.last - position + 1;
       const int64_t n = a.block_size - slot < left ? a.block_size - slot : left;
-      const int64_t block = a.table[position / a.block_size];
-      body(position - a.first, static_cast<const T*>(base) + block * a.block_stride + slot * a.slot_stride, n);
+      const auto at = [&](int64_t p) {
+        return static_cast<const T*>(base) + a.table[p / a.block_size] * a.block_stride + slot * a.slot_stride;
+      };
+      body(position - a.first, at(position), n < left ? at(position + n) : nullptr, n);
       position += n;
     }
   };
-  stretches(a.k, [&](int64_t at, const T* k, int64_t n) {
-    for (int64_t h = 0; h < a.heads; ++h)
-      for (int64_t t = 0; t < n; ++t) a.scratch[h * keys + at + t] = scale * dot(a.q + h * d, k + t * a.slot_stride, d);
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = 0; i < d; ++i) q[h * d + place_of<T>(i, d)] = a.q[h * d + i];
+  stretches(a.k, [&](int64_t at, const T* k, const T* later, int64_t n) {
+    for (int64_t t = 0; t < n; ++t) {
+      if (later) prefetch(later + t * a.slot_stride, a.groups * d);
+      for (int64_t h = 0; h < heads; ++h)
+        a.scratch[h * keys + at + t] = scale * dot(q + h * d, k + t * a.slot_stride + h / a.heads * d, d);
+    }
   });
-  float totals[64];  // the caller passes at most 64 heads
-  for (int64_t h = 0; h < a.heads; ++h) totals[h] = softmax_numerators(a.scratch + h * keys, keys);
-  for (int64_t i = 0; i < a.heads * d; ++i) a.out[i] = 0.0f;
-  stretches(a.v, [&](int64_t at, const T* v, int64_t n) {
-    for (int64_t h = 0; h < a.heads; ++h)
-      add_weighted(a.out + h * d, a.scratch + h * keys + at, v, n, a.slot_stride, d);
+  for (int64_t h = 0; h < heads; ++h) totals[h] = softmax_numerators(a.scratch + h * keys, keys);
+  for (int64_t i = 0; i < heads * d; ++i) sums[i] = 0.0f;
+  stretches(a.v, [&](int64_t at, const T* v, const T* later, int64_t n) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t g = h / a.heads * d;
+      const T* ask = later && h % a.heads == 0 ? later + g : nullptr;
+      add_weighted(sums + h * d, a.scratch + h * keys + at, v + g, ask, n, a.slot_stride, d);
+    }
   });
-  for (int64_t h = 0; h < a.heads; ++h)
-    for (int64_t i = 0; i < d; ++i) a.out[h * d + i] /= totals[h];
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t i = 0; i < d; ++i) a.out[h * d + i] = sums[h * d + place_of<T>(i, d)] / totals[h];
 }
 
 void attend(const AttendArgs& a) { a.bf16 ? attend_of<uint16_t>(a) : attend_of<float>(a); }

@@ -48,6 +48,13 @@ struct V {
     const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
     return vaddq_u32(acc, vreinterpretq_u32_s32(vpaddq_s32(low, high)));
   }
+  static I add_words(I a, I b) { return vaddq_u32(a, b); }
+  static I dot8(I acc, I a, I b) {
+    const int8x16_t x = vreinterpretq_s8_u32(a), y = vreinterpretq_s8_u32(b);  // a is at most 15: signed or not
+    const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_high_s8(x, y);
+    return vreinterpretq_u32_s16(vaddq_s16(vreinterpretq_s16_u32(acc), vpaddq_s16(low, high)));
+  }
+  static I total8(I acc) { return vreinterpretq_u32_s32(vpaddlq_s16(vreinterpretq_s16_u32(acc))); }
   template <int n>
   static I shl16(I w) {
     return vreinterpretq_u32_u16(vshlq_n_u16(vreinterpretq_u16_u32(w), n));
@@ -64,7 +71,6 @@ struct V {
     return vreinterpretq_u32_s16(vshrq_n_s16(vreinterpretq_s16_u32(w), n));
   }
   static F halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
-  static F bf16s(const uint16_t* p) { return bits(vshll_n_u16(vld1_u16(p), 16)); }
 };
 
 #include "cpu_kernels_impl.h"

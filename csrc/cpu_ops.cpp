@@ -164,6 +164,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
       AttendArgs a;
       a.q = q.const_data_ptr<float>() + (row * heads + g * shared) * d;
       a.out = out.mutable_data_ptr<float>() + (row * heads + g * shared) * d;
+      a.groups = 1;
       a.heads = shared;
       a.head_dim = d;
       a.k = static_cast<const char*>(k.data) + g * d * bytes;
@@ -175,7 +176,7 @@ Tensor paged_attention(const Tensor& q_in, const Tensor& k_cache, const Tensor& 
       a.block_size = block;
       a.first = std::max<int64_t>(p - window, 0);
       a.last = p;
-      a.scratch = scratch(attend_scratch(shared, a.last - a.first + 1));
+      a.scratch = scratch(attend_scratch(shared, a.last - a.first + 1, d));
       kernels.attend(a);
     }
   });
@@ -338,9 +339,10 @@ Tensor model_step(at::IntArrayRef sizes, at::ArrayRef<double> scalars, c10::stri
   const Tensor workspace = at::zeros({step_workspace(a)}, at::kFloat);
   a.workspace = workspace.mutable_data_ptr<float>();
   a.logits = logits.mutable_data_ptr<float>();
+  a.threads = at::get_num_threads();
   const Kernels& kernels = cpu_kernels();
   Crew crew(step_phases(a.layers));
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { step(a, kernels, crew); });
+  at::parallel_for(0, a.threads, 1, [&](int64_t, int64_t) { step(a, kernels, crew); });
   return logits;
 }
 

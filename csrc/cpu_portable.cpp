@@ -65,6 +65,12 @@ struct V {
   static I dot16(I acc, I a, I b) {
     return acc + (I)(((S)(a << 16) >> 16) * ((S)(b << 16) >> 16) + ((S)a >> 16) * ((S)b >> 16));
   }
+  static I add_words(I a, I b) { return a + b; }
+  static I dot8(I acc, I a, I b) {
+    for (int bits = 24; bits >= 0; bits -= 8) acc += (a << bits >> 24) * (I)((S)(b << bits) >> 24);
+    return acc;
+  }
+  static I total8(I acc) { return acc; }
   template <int n>
   static I shl16(I w) {
     return (I)((H)w << n);
@@ -78,7 +84,6 @@ struct V {
     return (I)((T)w >> n);
   }
   static F halves(const uint16_t* p) { return F{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])}; }
-  static F bf16s(const uint16_t* p) { return bits(I{p[0], p[1], p[2], p[3]} << 16); }
 };
 
 #include "cpu_kernels_impl.h"

@@ -1,6 +1,7 @@
 // The order of things in one step is that of nanochat/model/gpt.py, which says why each part exists.
 #include "model_step.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <thread>
@@ -124,12 +125,23 @@ class Step {
     const LayerArgs& l = a.layer[index];
     crew.run(phase++, a.rows, [&](int64_t row) { enter(row, index); });
     linear(l.qkv, b.normed, b.width, a.rows, b.qkv, b.qkv_width, Epilogue::none);
-    const int64_t items = a.rows * a.kv_heads;
-    if (!a.alone) crew.run(phase, items, [&](int64_t item) { prepare(l, item / a.kv_heads, item % a.kv_heads); });
+    // Key/value heads of a row lie side by side in the cache: as many to an item as leave every thread one.
+    const int64_t parts = std::min(a.kv_heads, (a.threads + a.rows - 1) / a.rows);
+    const int64_t each = (a.kv_heads + parts - 1) / parts;
+    const auto heads = [&](int64_t item, auto&& body) {
+      const int64_t first = item % parts * each;
+      body(item / parts, first, std::min(each, a.kv_heads - first));
+    };
+    const auto prepare_all = [&](int64_t row, int64_t first, int64_t count) {
+      for (int64_t g = first; g < first + count; ++g) prepare(l, row, g);
+    };
+    if (!a.alone) crew.run(phase, a.rows * parts, [&](int64_t item) { heads(item, prepare_all); });
     ++phase;
-    crew.run(phase++, items, [&](int64_t item) {
-      if (a.alone) prepare(l, item / a.kv_heads, item % a.kv_heads);
-      attend(l, item / a.kv_heads, item % a.kv_heads);
+    crew.run(phase++, a.rows * parts, [&](int64_t item) {
+      heads(item, [&](int64_t row, int64_t first, int64_t count) {
+        if (a.alone) prepare_all(row, first, count);
+        attend(l, row, first, count);
+      });
     });
     linear(l.o, b.attended, b.attended_width, a.rows, b.delta, b.width, Epilogue::none);
     crew.run(phase++, a.rows, [&](int64_t row) {
@@ -187,13 +199,14 @@ class Step {
     load_row(moved, 0, n, out);
   }
 
-  void attend(const LayerArgs& l, int64_t row, int64_t g) {
+  void attend(const LayerArgs& l, int64_t row, int64_t g, int64_t count) {
     const int64_t d = a.head_dim, shared = a.heads / a.kv_heads, position = a.positions[row];
-    if (position < 0) return;
+    if (position < 0 || count <= 0) return;
     const int64_t first = position > l.window ? position - l.window : 0, size = l.k.bf16 ? 2 : 4;
     AttendArgs args;
     args.q = b.qkv + row * b.qkv_width + g * shared * d;
     args.out = b.attended + row * b.attended_width + g * shared * d;
+    args.groups = count;
     args.heads = shared;
     args.head_dim = d;
     args.k = static_cast<const char*>(l.k.data) + g * d * size;
@@ -205,7 +218,7 @@ class Step {
     args.block_size = a.block_size;
     args.first = first;
     args.last = position;
-    args.scratch = scratch(attend_scratch(shared, position - first + 1));
+    args.scratch = scratch(attend_scratch(count * shared, position - first + 1, d));
     f.attend(args);
   }
 };

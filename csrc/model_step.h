@@ -40,7 +40,7 @@ struct StepArgs {
   const float *cos, *sin;  // (positions, head_dim/2)
   const LayerArgs* layer;
 
-  int64_t rows, wanted;
+  int64_t threads, rows, wanted;
   bool alone;  // every sequence has one new token: no row needs the keys that another writes
   const int64_t *tokens, *previous, *positions;  // (rows); a negative position is padding
   const int64_t* outputs;                        // (wanted)

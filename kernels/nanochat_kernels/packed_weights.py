@@ -19,6 +19,7 @@ from torch import Tensor
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
+INPUT_BITS = {"int8": 16, "int4": 8}
 PANEL = 32
 GROUP = 64
 RANGES = (1.0, 0.92, 0.84)  # shares of a group's range that int4 tries
@@ -84,6 +85,17 @@ def unpack(packed: PackedWeight) -> Tensor:
         scale, offset = pairs.repeat_interleave(GROUP, dim=2)
         dense = dense * scale + offset
     return dense[: packed.outputs, : packed.inputs]
+
+
+def round_inputs(x: Tensor, format: str) -> Tensor:
+    """What a product with int8 or int4 weights makes of its inputs (..., inputs) float32: integers of 16 or 8 bits times
+    a scale per group. The other formats take them as they are."""
+    if format not in INPUT_BITS:
+        return x
+    groups = torch.nn.functional.pad(x, (0, -x.size(-1) % GROUP)).unflatten(-1, (-1, GROUP))
+    step = groups.abs().amax(-1, keepdim=True) / (2 ** (INPUT_BITS[format] - 1) - 1)
+    inverse = torch.where(step > 1e-35, 1 / step, 0.0)
+    return ((groups * inverse).round() * step).flatten(-2)[..., : x.size(-1)]
 
 
 def _words(codes: Tensor, per: int) -> Tensor:

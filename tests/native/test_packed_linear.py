@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from nanochat_kernels import native
-from nanochat_kernels.packed_weights import FORMATS, GROUP, PER_WORD, pack, unpack
+from nanochat_kernels.packed_weights import FORMATS, GROUP, INPUT_BITS, PER_WORD, pack, round_inputs, unpack
 from tests.native.levels import LEVELS, each_level
 
 # (outputs, inputs): below one panel, odd, whole panels, several spans of decoding
 SHAPES = ((1, 1), (5, 3), (33, 65), (64, 64), (96, 130), (70, 257), (160, 768))
-# relative to Σ|x·w|: float32 sums in order; for int8 and int4 also inputs of 16 bits
-TOLERANCE = {"fp32": 2e-6, "bf16": 2e-6, "int8": 4e-5, "int4": 4e-5}
+TOLERANCE = 2e-6  # relative to Σ|x·w|: float32 sums in order
 
 
 def product(x, packed, epilogue="none"):
@@ -68,11 +67,24 @@ def test_products_agree_with_float64(level, format, shape, monkeypatch):
     packed = pack(normal(*shape), format)
     x = normal(11, shape[1], seed=1)
     dense = unpack(packed).double()
-    expected, size = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+    taken = round_inputs(x, format).double()
+    expected, size = taken @ dense.T, taken.abs() @ dense.abs().T
     for rows in (1, 2, 3, 4, 6, 7, 11):
         got = product(x[:rows], packed)
         assert got.shape == (rows, shape[0]) and got.dtype == torch.float32
-        assert ((got - expected[:rows]).abs() <= TOLERANCE[format] * size[:rows] + 1e-30).all()
+        assert ((got - expected[:rows]).abs() <= TOLERANCE * size[:rows] + 1e-30).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_are_rounded_by_half_a_step_of_their_group(format):
+    x = normal(5, 300) * torch.tensor([1.0, 1e-3, 1e4, 0.0, 1e-38])[:, None]
+    error = (round_inputs(x, format) - x).abs()
+    if format not in INPUT_BITS:
+        assert not error.any()
+        return
+    for part, kept in zip(x.split(GROUP, 1), error.split(GROUP, 1), strict=True):
+        step = part.abs().amax(1, keepdim=True) / (2 ** (INPUT_BITS[format] - 1) - 1)
+        assert (kept <= 0.51 * step + 1e-37).all()
 
 
 @each_level
