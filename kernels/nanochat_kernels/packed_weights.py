@@ -88,8 +88,8 @@ def unpack(packed: PackedWeight) -> Tensor:
 
 
 def round_inputs(x: Tensor, format: str) -> Tensor:
-    """What a product with int8 or int4 weights makes of its inputs (..., inputs) float32: integers of 16 or 8 bits times
-    a scale per group. The other formats take them as they are."""
+    """What a product with int8 or int4 weights makes of its inputs (..., inputs) float32: integers of 16 or 8 bits,
+    times a scale per group. The other formats take them as they are."""
     if format not in INPUT_BITS:
         return x
     groups = torch.nn.functional.pad(x, (0, -x.size(-1) % GROUP)).unflatten(-1, (-1, GROUP))
