@@ -445,9 +445,9 @@ void rope_norm(float* head, const float* cos, const float* sin, int64_t d, float
   for (int64_t i = 0; i < d; ++i) head[i] *= factor;
 }
 
-// Channels of a cache come in chunks of two vectors: halves of a chunk for floats; for bf16, whose pairs a 32-bit lane
-// holds, its even and its odd channels, which a shift and a mask turn into floats. Queries and outputs are
-// arranged likewise; what is left after whole chunks keeps its place.
+// Channels of a cache come in chunks of two vectors: its halves for floats; for bf16, whose pairs a 32-bit lane holds,
+// its even and its odd channels, which a shift and a mask turn into floats. Queries and sums of values are arranged
+// likewise; what is left after whole chunks keeps its place.
 constexpr int64_t kChunk = 2 * V::lanes;
 NANOCHAT_INLINE void load_chunk(const float* p, V::F& a, V::F& b) {
   a = V::load(p);
@@ -461,39 +461,49 @@ NANOCHAT_INLINE void load_chunk(const uint16_t* p, V::F& a, V::F& b) {
 NANOCHAT_INLINE float one_of(const float* p) { return *p; }
 NANOCHAT_INLINE float one_of(const uint16_t* p) { return from_bf16(*p); }
 
-template <class T>
-NANOCHAT_INLINE int64_t place_of(int64_t i, int64_t d) {  // where channel i stands among the d of a head
-  if (sizeof(T) == 4 || i >= d / kChunk * kChunk) return i;
-  const int64_t in = i % kChunk;
-  return i - in + in / 2 + in % 2 * V::lanes;
+// Calls body(channel, place) for the d channels of a head.
+template <class T, class Body>
+NANOCHAT_INLINE void places(int64_t d, Body&& body) {
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 2)
+    for (; i + kChunk <= d; i += kChunk)
+      for (int64_t j = 0; j < V::lanes; ++j) body(i + 2 * j, i + j), body(i + 2 * j + 1, i + j + V::lanes);
+  for (; i < d; ++i) body(i, i);
 }
 
-template <class T>
-float dot(const float* q, const T* k, int64_t d) {  // q arranged
-  V::F sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()}, a, b;
+// out[t] = scale·q·k[t·stride …) for N keys at a time, which share the loads of q. A key's sum has the same order in
+// any company.
+template <int N, class T>
+NANOCHAT_INLINE void dots(const float* q, const T* k, int64_t stride, int64_t d, float scale, float* out) {
+  V::F even[N], odd[N];
+  unroll<N>([&](auto t) { even[t] = odd[t] = V::zero(); });
   int64_t i = 0;
-  const auto chunk = [&](int64_t at, V::F& even, V::F& odd) __attribute__((always_inline)) {
-    load_chunk(k + at, a, b);
-    even = V::fma(V::load(q + at), a, even);
-    odd = V::fma(V::load(q + at + V::lanes), b, odd);
-  };
-  for (; i + 2 * kChunk <= d; i += 2 * kChunk) {
-    chunk(i, sum[0], sum[1]);
-    chunk(i + kChunk, sum[2], sum[3]);
+  for (; i + kChunk <= d; i += kChunk) {
+    const V::F qa = V::load(q + i), qb = V::load(q + i + V::lanes);
+    unroll<N>([&](auto t) {
+      V::F a, b;
+      load_chunk(k + t * stride + i, a, b);
+      even[t] = V::fma(qa, a, even[t]);
+      odd[t] = V::fma(qb, b, odd[t]);
+    });
   }
-  if (i + kChunk <= d) chunk(i, sum[0], sum[1]), i += kChunk;
-  float total = V::sum(V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3])));
-  for (; i < d; ++i) total += q[i] * one_of(k + i);
-  return total;
+  unroll<N>([&](auto t) {
+    float total = V::sum(V::add(even[t], odd[t]));
+    for (int64_t rest = i; rest < d; ++rest) total += q[rest] * one_of(k + t * stride + rest);
+    out[t] = scale * total;
+  });
 }
 
 // weights[0 … n) := exp(weights − max), in place; the sum.
 float softmax_numerators(float* weights, int64_t n) {
-  float top = weights[0];
-  for (int64_t i = 1; i < n; ++i) top = weights[i] > top ? weights[i] : top;
-  V::F sum = V::zero();
+  V::F tops = V::set(weights[0]), sum = V::zero();
   int64_t i = 0;
-  for (; i + V::lanes <= n; i += V::lanes) {
+  for (; i + V::lanes <= n; i += V::lanes) tops = V::max(tops, V::load(weights + i));
+  float lanes[V::lanes], top = weights[0];
+  V::store(lanes, tops);
+  for (float lane : lanes) top = lane > top ? lane : top;
+  for (; i < n; ++i) top = weights[i] > top ? weights[i] : top;
+  for (i = 0; i + V::lanes <= n; i += V::lanes) {
     const V::F e = exp_of(V::sub(V::load(weights + i), V::set(top)));
     V::store(weights + i, e);
     sum = V::add(sum, e);
@@ -557,25 +567,36 @@ void attend_of(const AttendArgs& a) {
     }
   };
   for (int64_t h = 0; h < heads; ++h)
-    for (int64_t i = 0; i < d; ++i) q[h * d + place_of<T>(i, d)] = a.q[h * d + i];
+    places<T>(d, [&](int64_t channel, int64_t place) { q[h * d + place] = a.q[h * d + channel]; });
+  const auto each_head = [&](auto&& body) {  // body(group's first channel, head, whether the first of its group)
+    for (int64_t g = 0, h = 0; g < a.groups; ++g)
+      for (int64_t i = 0; i < a.heads; ++i, ++h) body(g * d, h, i == 0);
+  };
   stretches(a.k, [&](int64_t at, const T* k, const T* later, int64_t n) {
-    for (int64_t t = 0; t < n; ++t) {
-      if (later) prefetch(later + t * a.slot_stride, a.groups * d);
-      for (int64_t h = 0; h < heads; ++h)
-        a.scratch[h * keys + at + t] = scale * dot(q + h * d, k + t * a.slot_stride + h / a.heads * d, d);
+    for (int64_t t = 0; t < n;) {
+      const int64_t together = n - t >= 4 ? 4 : 1;
+      for (int64_t i = 0; later && i < together; ++i) prefetch(later + (t + i) * a.slot_stride, a.groups * d);
+      each_head([&](int64_t channel, int64_t h, bool) {
+        const T* first = k + t * a.slot_stride + channel;
+        float* out = a.scratch + h * keys + at + t;
+        if (together == 4) return dots<4>(q + h * d, first, a.slot_stride, d, scale, out);
+        dots<1>(q + h * d, first, a.slot_stride, d, scale, out);
+      });
+      t += together;
     }
   });
   for (int64_t h = 0; h < heads; ++h) totals[h] = softmax_numerators(a.scratch + h * keys, keys);
   for (int64_t i = 0; i < heads * d; ++i) sums[i] = 0.0f;
   stretches(a.v, [&](int64_t at, const T* v, const T* later, int64_t n) {
-    for (int64_t h = 0; h < heads; ++h) {
-      const int64_t g = h / a.heads * d;
-      const T* ask = later && h % a.heads == 0 ? later + g : nullptr;
-      add_weighted(sums + h * d, a.scratch + h * keys + at, v + g, ask, n, a.slot_stride, d);
-    }
+    each_head([&](int64_t channel, int64_t h, bool first) {
+      const T* ask = first && later ? later + channel : nullptr;
+      add_weighted(sums + h * d, a.scratch + h * keys + at, v + channel, ask, n, a.slot_stride, d);
+    });
   });
-  for (int64_t h = 0; h < heads; ++h)
-    for (int64_t i = 0; i < d; ++i) a.out[h * d + i] = sums[h * d + place_of<T>(i, d)] / totals[h];
+  for (int64_t h = 0; h < heads; ++h) {
+    const float share = 1.0f / totals[h];
+    places<T>(d, [&](int64_t channel, int64_t place) { a.out[h * d + channel] = sums[h * d + place] * share; });
+  }
 }
 
 void attend(const AttendArgs& a) { a.bf16 ? attend_of<uint16_t>(a) : attend_of<float>(a); }
