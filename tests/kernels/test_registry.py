@@ -50,7 +50,8 @@ def test_the_reference_plan_runs_references():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_auto_prefers_banded_attention_and_the_chunked_loss_on_a_cpu(mode):
+def test_auto_prefers_banded_attention_and_the_chunked_loss_on_a_cpu(mode, monkeypatch, tmp_path):
+    monkeypatch.setattr(recorded, "RESULTS", tmp_path)  # what it does where nothing has been measured
     choices = KernelPlan.resolve("auto", CPU, torch.float32, mode).choices
     assert choices["attention"].backend == "sdpa" and "window" in choices["attention"].reason
     assert choices["linear_softcap_cross_entropy"].backend == "chunked"
