@@ -115,10 +115,11 @@ void attend_of(const AttendArgs& a) {
     for (int64_t position = a.first; position <= a.last;) {
       const int64_t slot = position % a.block_size, left = a.last - position + 1;
       const int64_t n = a.block_size - slot < left ? a.block_size - slot : left;
-      const auto at = [&](int64_t p) {
-        return static_cast<const T*>(base) + a.table[p / a.block_size] * a.block_stride + slot * a.slot_stride;
+      const auto block_of = [&](int64_t p) {
+        return static_cast<const T*>(base) + a.table[p / a.block_size] * a.block_stride;
       };
-      body(position - a.first, at(position), n < left ? at(position + n) : nullptr, n);
+      const T* later = n < left ? block_of(position + n) : nullptr;
+      body(position - a.first, block_of(position) + slot * a.slot_stride, later, n);
       position += n;
     }
   };
