@@ -112,7 +112,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--limit", type=int, default=20, help="examples per task")
-    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--batch-tokens", type=int, default=0, help="read together; 0 = what suits the device")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--peer", help="nanochat=PATH of a checkout of karpathy/nanochat (a CPU, float32)")

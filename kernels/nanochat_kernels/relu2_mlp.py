@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_kernels.numerics import normal
-from nanochat_kernels.registry import Case, Cost, Op
+from nanochat_kernels.registry import Case, Cost, Op, Place
 from nanochat_kernels.triton_support import needs_triton
 
 
@@ -48,8 +48,16 @@ class _Lean(torch.autograd.Function):
 
 
 def relu2_mlp_lean(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
-    """The reference with one hidden tensor kept instead of two, and half the elementwise passes in backward."""
+    """The reference with one hidden tensor kept instead of two, and half the elementwise passes in backward; without
+    gradients, with one hidden tensor altogether."""
+    if not torch.is_grad_enabled():
+        hidden = F.linear(x, w_fc.to(x.dtype)).relu_()
+        return F.linear(hidden.mul_(hidden), w_proj.to(x.dtype))
     return _Lean.apply(x, w_fc, w_proj)
+
+
+def _on_cpu_forward(place: Place) -> bool:
+    return place.device.type == "cpu" and place.mode in ("prefill", "decode")
 
 
 def _cases() -> Iterator[Case]:
@@ -84,6 +92,7 @@ relu2_mlp = Op(
     triton="nanochat_kernels.relu2_mlp_triton:relu2_mlp_triton",
     available={"triton": needs_triton},
     custom=("triton",),
+    auto=(("lean", _on_cpu_forward, "one hidden tensor, squared where it lies"),),
     cases=_cases,
     cost=_cost,
     differentiable=("x", "w_fc", "w_proj"),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_kernels.numerics import EPS, normal
-from nanochat_kernels.registry import Case, Cost, Op
+from nanochat_kernels.registry import Case, Cost, Op, Place
 from nanochat_kernels.triton_support import needs_triton
 
 GATE_SCALE = 3.0
@@ -50,6 +50,41 @@ def _rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tenso
     x1, x2 = x.chunk(2, dim=-1)
     rotated = torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
     return scale * F.rms_norm(rotated, (x.size(-1),), eps=EPS)
+
+
+def rope_qk_norm_lean(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    ve: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    scale: float = 1.2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The reference without gradients in fewer passes over memory: halves are rotated straight into the result, and the
+    norm is taken of what came in. With gradients, the reference."""
+    if torch.is_grad_enabled():
+        return rope_qk_norm_reference(q, k, v, cos, sin, ve, gate, scale=scale)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    q, k = (_rotate_and_norm_into(x.new_empty(x.shape), x, cos, sin, scale) for x in (q, k))
+    if ve is not None and gate is not None:
+        v = torch.addcmul(v, (GATE_SCALE * torch.sigmoid(gate)).unsqueeze(-1), ve.view_as(v))
+    return q, k, v
+
+
+def _rotate_and_norm_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    (x1, x2), (out1, out2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    torch.mul(x1, cos, out=out1).addcmul_(x2, sin)
+    torch.mul(x2, cos, out=out2).addcmul_(x1, sin, value=-1)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    factor = scale * torch.rsqrt(length.square() / x.size(-1) + EPS)
+    return out.mul_(factor.to(x.dtype))
+
+
+def _on_cpu_forward(place: Place) -> bool:
+    return place.device.type == "cpu" and place.mode in ("prefill", "decode")
 
 
 def _cases() -> Iterator[Case]:
@@ -85,9 +120,11 @@ def _cost(args: tuple, kwargs: dict) -> Cost:
 rope_qk_norm = Op(
     "rope_qk_norm",
     torch=rope_qk_norm_reference,
+    lean=rope_qk_norm_lean,
     triton="nanochat_kernels.rope_qk_norm_triton:rope_qk_norm_triton",
     available={"triton": needs_triton},
     custom=("triton",),
+    auto=(("lean", _on_cpu_forward, "halves rotated into the result, no copies"),),
     cases=_cases,
     cost=_cost,
     differentiable=("q", "k", "v", "ve", "gate"),

@@ -47,7 +47,7 @@ class EvalConfig:
     max_per_task: int | None = None
     """Examples of each CORE task at most, for a quick look."""
     batch_tokens: int = 0
-    """Tokens of CORE prompts read together; 0 = 65,536 on CUDA, 8,192 elsewhere."""
+    """Tokens of CORE prompts read together; 0 = 65,536 on CUDA, 2,048 elsewhere."""
     text: str | None = None
     """Corpus for bits per byte: a source as for `nanochat data`, or a folder; by default the one trained on."""
     eval_tokens: int = 0
@@ -143,7 +143,6 @@ def _bits_per_byte(loaded: Loaded, config: EvalConfig, machine: Runtime, console
 
 def _core(loaded: Loaded, config: EvalConfig, machine: Runtime, console: Console) -> dict[str, Any]:
     folder = bundle.fetch(config.data)
-    tokens = config.batch_tokens or (65536 if machine.device.type == "cuda" else 8192)
     table = Table("task", "examples", "accuracy", "centered", "seconds")
     begin = time.perf_counter()
     with Progress(console=Console(stderr=True), transient=True, disable=not machine.is_main) as bars:
@@ -158,7 +157,8 @@ def _core(loaded: Loaded, config: EvalConfig, machine: Runtime, console: Console
                 table.add_row(label, str(len(result.correct)), *numbers)
                 begin = now
 
-        result = core.evaluate_core(loaded.model, loaded.tokenizer, folder, config.max_per_task, tokens, tell)
+        model, limits = loaded.model, (config.max_per_task, config.batch_tokens)
+        result = core.evaluate_core(model, loaded.tokenizer, folder, *limits, tell)
     table.add_row(result.label, "", "", f"{result.core:.4f}", "")
     console.print(table)
     if result.missing:

@@ -65,8 +65,8 @@ class ChatEvalConfig:
     """Tokens of an answer at most."""
     batch_rows: int = 64
     """Answers generated together."""
-    batch_tokens: int = 16384
-    """Tokens of lettered questions read together."""
+    batch_tokens: int = 0
+    """Tokens of lettered questions read together; 0 = 65,536 on CUDA, 2,048 elsewhere."""
     weights: WeightsName = "auto"
     """How weights are held when answers are generated: auto (as the model computes), fp32, bf16, int8, int4."""
     seed: int = 42
@@ -79,9 +79,9 @@ class ChatEvalConfig:
     """auto, torch, fused, or op=backend,..."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_rows", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("samples", 1), ("batch_rows", 1), ("batch_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
         if self.max_problems is not None and self.max_problems < 1:
             raise UsageError(f"--max-problems is {self.max_problems}; it must be at least 1")
         if self.samples > 1 and self.temperature == 0:
@@ -149,7 +149,7 @@ def answer_letters(
     prompts = [core.Prompt([ids], [(len(ids), len(ids))]) for ids in asked]
     verdicts = [False] * len(items)
     done = 0
-    for batch in core.batches(prompts, batch_tokens):
+    for batch in core.batches(prompts, batch_tokens or core.tokens_together(model.device)):
         ids, lengths = core.padded([asked[i] for i in batch], model.device)
         hidden = model.hidden(ids)[torch.arange(len(batch), device=ids.device), lengths - 1]
         for i, logits in zip(batch, model.logits(hidden).cpu(), strict=True):
@@ -202,7 +202,7 @@ def evaluate_task(
     samples: int = 1,
     max_problems: int | None = None,
     batch_rows: int = 64,
-    batch_tokens: int = 16384,
+    batch_tokens: int = 0,
     weights: WeightsName = "auto",
     report: Report = lambda done, total: None,
 ) -> TaskScore:

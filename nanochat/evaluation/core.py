@@ -205,6 +205,12 @@ def batches(prompts: Sequence[Prompt], tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+def tokens_together(device: torch.device) -> int:
+    """How many tokens to read together: on a CPU no more than keep its products busy, or padding and activations that
+    leave its cache cost more than the larger products give."""
+    return 65536 if device.type == "cuda" else 2048
+
+
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """(B,T) ids with zeros on the right, and the true lengths (B,)."""
     width = max(map(len, rows))
@@ -222,12 +228,12 @@ def score(model: GPT, prompts: Sequence[Prompt]) -> list[list[tuple[float, bool]
         rows = [(i, j) for i in group for j in range(len(prompts[i].rows))]
         if not rows:
             continue
-        hidden = _hidden(model, [prompts[i] for i in group])
+        hidden, front = _hidden(model, [prompts[i] for i in group])
         at, position, target = [], [], []
         for number, (i, j) in enumerate(rows):
             for t in range(*prompts[i].spans[j]):
                 at.append(number)
-                position.append(t - 1 - prompts[i].shared)
+                position.append(t - 1 - prompts[i].shared - front)
                 target.append(prompts[i].rows[j][t])
         losses, hits = _score_positions(
             model, hidden[at, position], torch.tensor(target, dtype=torch.int64, device=hidden.device)
@@ -240,20 +246,23 @@ def score(model: GPT, prompts: Sequence[Prompt]) -> list[list[tuple[float, bool]
     return results
 
 
-def _hidden(model: GPT, prompts: Sequence[Prompt]) -> Tensor:
-    """Hidden states (rows,T,C) of what follows each prompt's shared tokens; all of the prompts share, or none does."""
+def _hidden(model: GPT, prompts: Sequence[Prompt]) -> tuple[Tensor, int]:
+    """Hidden states (rows,T,C) of what follows each prompt's shared tokens, from the first position that predicts a
+    scored token on, and how many positions that leaves out. All of the prompts share, or none does."""
     device = model.device
     ids, _ = padded([row[prompt.shared :] for prompt in prompts for row in prompt.rows], device)
+    first = min(start - 1 - prompt.shared for prompt in prompts for start, _ in prompt.spans)
+    tail = ids.size(1) - first
     if not prompts[0].shared:
-        return model.hidden(ids)
+        return model.hidden(ids, tail=tail), first
     fronts = [tuple(prompt.rows[0][: prompt.shared]) for prompt in prompts]
     numbers = {front: number for number, front in enumerate(dict.fromkeys(fronts))}  # some examples have the same
     front_ids, lengths = padded(list(numbers), device)
     cache = KVCache(model.config, len(numbers), front_ids.size(1) + ids.size(1), device, model.dtype)
-    model.hidden(front_ids, cache)
+    model.hidden(front_ids, cache, tail=1)  # for the keys and values alone
     cache.advance(front_ids, lengths)
     rows = [numbers[front] for front, prompt in zip(fronts, prompts, strict=True) for _ in prompt.rows]
-    return model.hidden(ids, cache.select(rows))
+    return model.hidden(ids, cache.select(rows), tail=tail), first
 
 
 def _score_positions(model: GPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,12 +289,12 @@ def evaluate_task(
     tokenizer: Tokenizer,
     task: CoreTask,
     limit: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> TaskResult:
     """One task on all ranks: rank r of W takes the examples ≡ r mod W, and every rank returns the whole result.
 
-    report(done, total) counts this rank's examples.
+    batch_tokens: read together, 0 for what suits the device. report(done, total) counts this rank's examples.
     """
     examples = load_examples(task, limit)
     ranks = dist.is_initialized()
@@ -298,7 +307,7 @@ def evaluate_task(
         prompts.append(prompt_of(task, [[bos, *tokenizer.encode(text)] for text in texts]))
     correct = torch.zeros(len(examples), dtype=torch.int32, device=model.device)
     done = 0
-    for batch in batches(prompts, batch_tokens):
+    for batch in batches(prompts, batch_tokens or tokens_together(model.device)):
         verdicts = score(model, [prompts[i] for i in batch])
         for i, rows in zip(batch, verdicts, strict=True):
             correct[mine[i]] = is_correct(task, examples[mine[i]], rows)
@@ -316,7 +325,7 @@ def evaluate_core(
     tokenizer: Tokenizer,
     folder: Path,
     limit: int | None = None,
-    batch_tokens: int = 8192,
+    batch_tokens: int = 0,
     tell: Callable[[str, TaskResult | None, int, int], None] = lambda label, result, done, total: None,
 ) -> CoreResult:
     """All tasks of the bundle in `folder`. tell(label, result, done, total) hears of progress, then of each result."""

@@ -48,6 +48,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.previous = torch.full((rows,), -1, dtype=torch.int64, device=device)
+        self.empty = True
 
     @property
     def rows(self) -> int:
@@ -66,6 +67,7 @@ class KVCache:
 
         A row with a count of 0 stays as it was.
         """
+        self.empty = False
         if counts is None:
             self.lengths = self.lengths + ids.size(1)
             self.previous = ids[:, -1]
@@ -89,7 +91,7 @@ class KVCache:
         chosen = object.__new__(KVCache)
         chosen.limit, chosen.slots = self.limit, self.slots
         chosen.k, chosen.v = self.k.index_select(1, index), self.v.index_select(1, index)
-        chosen.lengths, chosen.previous = self.lengths[index], self.previous[index]
+        chosen.lengths, chosen.previous, chosen.empty = self.lengths[index], self.previous[index], self.empty
         return chosen
 
     def expand(self, samples: int) -> "KVCache":

@@ -38,6 +38,7 @@ class Cache(Protocol):
     """What the model needs from a key/value cache. Its owner advances it after a forward pass; the model never does."""
 
     slots: int  # S: how many tokens a row can hold
+    empty: bool  # no row holds a token yet, so new ones see each other and nothing else
     lengths: Tensor  # (B,) int64: tokens of each row that are already in
     previous: Tensor  # (B,) int64: the last of them, −1 in an empty row; stands for the smear's state
 
@@ -114,17 +115,28 @@ class Attention(nn.Module):
         gate = self.gate(x[..., :GATE_CHANNELS]) if self.gate is not None else None
         return self.plan.rope_qk_norm(q, k, v, cos, sin, ve=ve, gate=gate, scale=self.qk_scale)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, window: int) -> Tensor:
-        q, k, v = self.qkv(x, cos, sin, ve)
-        return self.o(self.plan.attention(q, k, v, window).flatten(-2))
-
-    def cached(
-        self, x: Tensor, cos: Tensor, sin: Tensor, ve: Tensor | None, window: int, cache: Cache, layer: int
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        ve: Tensor | None,
+        window: int,
+        cache: Cache | None = None,
+        layer: int = 0,
+        tail: int | None = None,
     ) -> Tensor:
-        """The same for tokens that continue the rows of a cache."""
+        """(B,T,C), or (B,tail,C) of the last positions alone. With a cache, the tokens continue its rows."""
         q, k, v = self.qkv(x, cos, sin, ve)
-        k_cache, v_cache = cache.update(layer, k, v)
-        return self.o(self.plan.cached_attention(q, k_cache, v_cache, cache.lengths + x.size(1), window).flatten(-2))
+        first = cache is None or cache.empty  # then the new tokens are all that can be seen
+        if cache is not None:
+            held = cache.update(layer, k, v)
+            k, v = (k, v) if first else held
+        if first and tail is None:
+            return self.o(self.plan.attention(q, k, v, window).flatten(-2))
+        q = q if tail is None else q[:, -tail:]
+        before = torch.zeros(len(x), dtype=torch.int64, device=x.device) if first else cast(Cache, cache).lengths
+        return self.o(self.plan.cached_attention(q, k, v, before + x.size(1), window).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -161,17 +173,18 @@ class Block(nn.Module):
         cache: Cache | None = None,
         layer: int = 0,
         fp8: Fp8Layer | None = None,
+        tail: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x, delta, x0: (B,T,C). scales: this layer's factors of the stream and of x0. ve: (B,T,G·D)."""
+        """x, delta, x0: (B,T,C). scales: this layer's factors of the stream and of x0. ve: (B,T,G·D).
+
+        With `tail`, only the last positions go on, (B,tail,C); of the others only keys and values are computed.
+        """
         scale, x0_scale = scales if scales is not None else (None, None)
         if fp8 is not None:
             return fp8_block(self, fp8, x, delta, x0, (scale, x0_scale), rope, ve, window)
         y, x = self.plan.rms_norm(x, delta, scale, x0, x0_scale)
-        if cache is None:
-            attended = self.attn(y, *rope, ve, window)
-        else:
-            attended = self.attn.cached(y, *rope, ve, window, cache, layer)
-        y, x = self.plan.rms_norm(x, attended)
+        attended = self.attn(y, *rope, ve, window, cache, layer, tail)
+        y, x = self.plan.rms_norm(x if tail is None else x[:, -tail:], attended)
         return x, self.mlp(y)
 
 
@@ -274,10 +287,16 @@ class GPT(nn.Module):
         cos, sin = self.rope(cache.slots, idx.device)
         return cos[positions], sin[positions]
 
-    def hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
-        """(B,T) ids → (B,T,C), the final norm's output. With a cache, idx continues each of its rows."""
+    def hidden(self, idx: Tensor, cache: Cache | None = None, tail: int | None = None) -> Tensor:
+        """(B,T) ids → (B,T,C), the final norm's output. With a cache, idx continues each of its rows.
+
+        With `tail`, at least 1, the result is that of the last so many positions, (B,min(tail,T),C), and the last
+        layer computes little more. No gradients then.
+        """
         if idx.dim() != 2:
             raise UsageError(f"token ids must have the shape (rows, tokens), not {tuple(idx.shape)}")
+        if tail is not None and tail < 1:
+            raise UsageError(f"tail is {tail}; at least the last position is computed")
         config, rope = self.config, self.rope_rows(idx, cache)
         x = x0 = self.embed(idx, cache)
         delta = middle = None
@@ -287,7 +306,8 @@ class GPT(nn.Module):
             first = x0 if config.is_current else None
             layer = 0 if cache is None else i  # which would compile every block anew in training
             fp8 = self.fp8.layers[i] if self.fp8 and torch.is_grad_enabled() else None
-            arguments = (x, delta, first, scales, rope, ve, config.windows[i], cache, layer, fp8)
+            wanted = tail if i == config.layers - 1 else None
+            arguments = (x, delta, first, scales, rope, ve, config.windows[i], cache, layer, fp8, wanted)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, delta = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -296,6 +316,8 @@ class GPT(nn.Module):
                 middle = x + delta
         if not config.is_current:
             return self.plan.rms_norm(x, delta)[0]
+        if tail is not None and middle is not None:
+            middle = middle[:, -tail:]
         return self.plan.rms_norm(x, delta, None, middle, -self.backout_scale.to(x.dtype))[0]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanochat.errors import UsageError
+from nanochat.inference.kv_cache import KVCache
 from nanochat.model.compat import our_name, state_from_nanochat
 from nanochat.model.config import GPTConfig
 from nanochat.model.costs import parameter_counts
@@ -70,6 +71,25 @@ def test_logits_loss_and_gradients_equal_the_original(kind: str, kernels: str) -
             assert ours[name].grad.abs().max() < 1e-9, name
         else:
             close(ours[name].grad, grad, 2e-5)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+@pytest.mark.parametrize("tail", [1, 7, 100, 999])
+def test_the_last_positions_alone_are_those_of_the_whole(kernels: str, tail: int) -> None:
+    model = random_model(TINY)
+    whole = GPT(TINY, KernelPlan.resolve(kernels, dtype=torch.float32, mode="prefill"))
+    whole.load_state_dict(model.state_dict())
+    idx = torch.randint(0, 61, (2, 260), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = whole.hidden(idx)
+        torch.testing.assert_close(whole.hidden(idx, tail=tail), expected[:, -tail:], rtol=0, atol=2e-5)
+        cache = KVCache(TINY, 2, 300)
+        whole.hidden(idx[:, :230], cache, tail=1)
+        cache.advance(idx[:, :230])
+        rest = min(tail, 30)
+        torch.testing.assert_close(whole.hidden(idx[:, 230:], cache, tail=tail), expected[:, -rest:], rtol=0, atol=2e-5)
+    with pytest.raises(UsageError, match="tail is 0"):
+        model.hidden(idx, tail=0)
 
 
 def test_a_position_depends_on_nothing_after_it() -> None:
