@@ -53,21 +53,17 @@ struct V {
   static void store_any(float* p, F x) { store(p, x); }
   static void store_any(float* p, I x) { _mm256_storeu_si256(reinterpret_cast<I*>(p), x); }
   static I set_words(uint32_t w) { return _mm256_set1_epi32(static_cast<int>(w)); }
-  static I dot16(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
   static I add_words(I a, I b) { return _mm256_add_epi32(a, b); }
-  static I dot8(I acc, I a, I b) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b)); }
-  static I total8(I acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
-  template <int n>
-  static I shl16(I w) {
-    return _mm256_slli_epi16(w, n);
+  static I dot4(I acc, I w, I x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)); }
+  static I total4(I acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
+  // The instruction wants its first bytes unsigned: the signs of x go to w.
+  static I dot8(I acc, I w, I x) {
+    const I pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));  // at most 2·127², no overflow
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
   template <int n>
   static I shr16(I w) {
     return _mm256_srli_epi16(w, n);
-  }
-  template <int n>
-  static I sar16(I w) {
-    return _mm256_srai_epi16(w, n);
   }
   static F halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 };

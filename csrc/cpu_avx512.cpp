@@ -63,26 +63,23 @@ struct V {
   static void store_any(float* p, I x) { _mm512_storeu_si512(p, x); }
   static I set_words(uint32_t w) { return _mm512_set1_epi32(static_cast<int>(w)); }
   static I add_words(I a, I b) { return _mm512_add_epi32(a, b); }
+  // w with the signs of x: the instructions want their first bytes unsigned.
+  static I with_signs(I w, I x) { return _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w); }
 #if NANOCHAT_VNNI
-  static I dot16(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
-  static I dot8(I acc, I a, I b) { return _mm512_dpbusd_epi32(acc, a, b); }
-  static I total8(I acc) { return acc; }
+  static I dot4(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  static I total4(I acc) { return acc; }
+  static I dot8(I acc, I w, I x) { return _mm512_dpbusd_epi32(acc, _mm512_abs_epi8(x), with_signs(w, x)); }
 #else
-  static I dot16(I acc, I a, I b) { return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b)); }
-  static I dot8(I acc, I a, I b) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(a, b)); }
-  static I total8(I acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
-#endif
-  template <int n>
-  static I shl16(I w) {
-    return _mm512_slli_epi16(w, n);
+  static I dot4(I acc, I w, I x) { return _mm512_add_epi16(acc, _mm512_maddubs_epi16(w, x)); }
+  static I total4(I acc) { return _mm512_madd_epi16(acc, _mm512_set1_epi16(1)); }
+  static I dot8(I acc, I w, I x) {
+    const I pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(x), with_signs(w, x));  // at most 2·127², no overflow
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
+#endif
   template <int n>
   static I shr16(I w) {
     return _mm512_srli_epi16(w, n);
-  }
-  template <int n>
-  static I sar16(I w) {
-    return _mm512_srai_epi16(w, n);
   }
   static F halves(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -9,9 +9,9 @@
 //   int8         y = s·Σ_g Σ x·q                  scales: float s per output
 //   int4         y = Σ_g (s_g·Σ x·q + o_g·Σ x)    scales: half s, o per group of 64 inputs, (panel, group, 2, 32)
 //
-// Inputs are rounded too, each group of 64 to a scale of its own: to 16 bits for int8 weights and to 8 for int4, so
-// that products of two or four add up exactly in 32-bit integers. That takes half or a quarter of the instructions of a
-// conversion to float, and gives the same numbers on every machine within a group.
+// Their inputs are rounded too, each group of 64 to 8 bits and a scale of its own, so that products add up exactly in
+// 32-bit integers, four at a time. That takes a quarter of the instructions of a conversion to float, and gives the
+// same numbers on every machine within a group.
 //
 // No torch header is included here or in any file that is compiled for a SIMD level: these build in seconds, and no
 // inline function of a library can leak instructions that a smaller machine lacks.
@@ -81,7 +81,7 @@ struct Kernels {
 };
 
 inline int64_t linear_scratch(int64_t rows, int64_t inputs) {
-  return kDecode * kPanel + rows * (inputs / 2 + 2 * ((inputs + kGroup - 1) / kGroup));
+  return kDecode * kPanel + rows * (inputs / 4 + 2 * ((inputs + kGroup - 1) / kGroup));
 }
 inline int64_t attend_scratch(int64_t heads, int64_t keys, int64_t head_dim) {
   return heads * (keys + 1 + 2 * head_dim);

@@ -15,14 +15,14 @@ NANOCHAT_INLINE void unroll(Body&& body) {
   }(std::make_integer_sequence<int, N>{});
 }
 
-// What a word holds. fp32 and bf16: at<i> is weight i of every lane as floats. int8: at<i> is the pair of weights
-// (i, i + 2) as the two 16-bit halves of every lane; int4: at<i> is the four weights i, i + 2, i + 4, i + 6 as its four
-// bytes: ready for a dot product with as many inputs.
+// What a word holds. fp32 and bf16: at<i> is weight i of every lane as floats. int8: its four weights are bytes
+// already; int4: at<i> is the four weights i, i + 2, i + 4, i + 6 as bytes: ready for a dot product with as many
+// inputs. `parts` of them make a word.
 template <Format format>
 struct Code;
 template <>
 struct Code<Format::fp32> {
-  static constexpr int per_word = 1;
+  static constexpr int per_word = 1, parts = 1;
   template <int i>
   static NANOCHAT_INLINE V::F at(V::I w) {
     return V::bits(w);
@@ -30,7 +30,7 @@ struct Code<Format::fp32> {
 };
 template <>
 struct Code<Format::bf16> {
-  static constexpr int per_word = 2;
+  static constexpr int per_word = 2, parts = 2;
   template <int i>
   static NANOCHAT_INLINE V::F at(V::I w) {
     return V::bits(i == 0 ? V::template shl<16>(w) : V::mask(w, 0xffff0000u));
@@ -38,15 +38,15 @@ struct Code<Format::bf16> {
 };
 template <>
 struct Code<Format::int8> {
-  static constexpr int per_word = 4;
+  static constexpr int per_word = 4, parts = 1;
   template <int i>
   static NANOCHAT_INLINE V::I at(V::I w) {
-    return V::template sar16<8>(i == 0 ? V::template shl16<8>(w) : w);
+    return w;
   }
 };
 template <>
 struct Code<Format::int4> {
-  static constexpr int per_word = 8;
+  static constexpr int per_word = 8, parts = 2;
   template <int i>
   static NANOCHAT_INLINE V::I at(V::I w) {
     return V::mask(V::template shr16<4 * i>(w), 0x0f0f0f0fu);
@@ -54,7 +54,7 @@ struct Code<Format::int4> {
 };
 constexpr bool is_integer(Format format) { return format == Format::int8 || format == Format::int4; }
 // Words of inputs (and of decoded weights per output) that k weights of an integer product meet.
-constexpr int64_t input_words(Format format, int64_t k) { return format == Format::int8 ? k / 2 : k / 4; }
+constexpr int64_t input_words(int64_t k) { return k / 4; }
 
 NANOCHAT_INLINE V::F exp_of(V::F x) {  // Cephes' expf: 2^n · e^r with |r| ≤ ln2/2, about 1 ulp
   x = V::min(V::max(x, V::set(-87.0f)), V::set(88.0f));
@@ -93,9 +93,9 @@ NANOCHAT_INLINE V::F finish(V::F y, Epilogue epilogue, float softcap) {
   return y;
 }
 
-// The inputs of integer products, a scale per row and group: 16-bit numbers for int8, whose error of 1/65534 of the
-// group's largest input is far below what the weights' own rounding does, and 8-bit ones for int4, whose 1/254 is well
-// below the 1/30 of an int4 weight. Neither can overflow 32 bits over a group.
+// The inputs of integer products: 8-bit numbers with a scale per row and group. Their error of 1/254 of the group's
+// largest input is well below the 1/30 of an int4 weight, and about that of an int8 one, whose scale is its whole
+// row's.
 struct Inputs {
   const uint32_t* words;       // (rows, stride), in the order in which weights come out of their words
   const float *scales, *sums;  // (rows, groups); sums: of the rounded inputs, scaled
@@ -112,15 +112,15 @@ NANOCHAT_INLINE Scratch scratch_of(const LinearArgs& a, float* scratch) {
   Scratch s;
   s.decoded = scratch;
   s.words = reinterpret_cast<uint32_t*>(scratch + kDecode * kPanel);
-  s.scales = scratch + kDecode * kPanel + a.rows * (a.weight.inputs / 2);
+  s.scales = scratch + kDecode * kPanel + a.rows * input_words(a.weight.inputs);
   s.sums = s.scales + a.rows * ((a.weight.inputs + kGroup - 1) / kGroup);
   return s;
 }
 
-// 64 inputs → 32 words of two 16-bit numbers (int8) or 16 words of four bytes (int4).
+// 64 inputs → 16 words of four bytes.
 template <Format format>
 NANOCHAT_INLINE void quantize_group(const float* x, uint32_t* words, float* scale, float* sum) {
-  constexpr int per = Code<format>::per_word, each = per / 2, bits = 32 / each;
+  constexpr int per = Code<format>::per_word, parts = Code<format>::parts;
   V::F top = V::zero();
   for (int64_t k = 0; k < kGroup; k += V::lanes) {
     const V::F value = V::load(x + k);
@@ -129,16 +129,15 @@ NANOCHAT_INLINE void quantize_group(const float* x, uint32_t* words, float* scal
   float lanes[V::lanes], most = 0.0f;
   V::store(lanes, top);
   for (float lane : lanes) most = lane > most ? lane : most;
-  const float step = most / static_cast<float>((1 << (bits - 1)) - 1), inverse = step > 1e-35f ? 1.0f / step : 0.0f;
+  const float step = most / 127.0f, inverse = step > 1e-35f ? 1.0f / step : 0.0f;
   int32_t codes[kGroup];
   int32_t total = 0;
   for (int64_t k = 0; k < kGroup; k += V::lanes) V::store_int(codes + k, V::mul(V::load(x + k), V::set(inverse)));
   for (int64_t k = 0; k < kGroup; ++k) total += codes[k];
   for (int64_t k = 0; k < kGroup; k += per)
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < parts; ++i) {
       uint32_t word = 0;
-      for (int j = 0; j < each; ++j)
-        word |= (static_cast<uint32_t>(codes[k + i + 2 * j]) & ((1u << bits) - 1)) << (bits * j);
+      for (int j = 0; j < 4; ++j) word |= (static_cast<uint32_t>(codes[k + i + parts * j]) & 0xff) << (8 * j);
       *words++ = word;
     }
   *scale = step;
@@ -147,7 +146,7 @@ NANOCHAT_INLINE void quantize_group(const float* x, uint32_t* words, float* scal
 
 template <Format format>
 void prepare_of(const LinearArgs& a, const Scratch& s) {
-  const int64_t groups = a.weight.inputs / kGroup, words = input_words(format, kGroup);
+  const int64_t groups = a.weight.inputs / kGroup, words = input_words(kGroup);
   for (int64_t row = 0; row < a.rows; ++row)
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t at = row * groups + g;
@@ -161,29 +160,30 @@ void prepare(const LinearArgs& a, float* scratch) {
 }
 
 // acc ← the dot products of a group of weights, weight(block, i, vector) as Code::at<i> gives them, with the inputs of
-// R rows. int4's bytes may add up in 16 bits, which 8 times 2·15·127 do not fill, before they are widened.
+// R rows. int4's products may add up in 16 bits, which 8 times 2·15·127 do not fill, before they are widened.
 template <Format format, int R, int N, class Weight>
 NANOCHAT_INLINE void dot_group(V::I (&acc)[R][N], const Inputs& x, int64_t row, int64_t group, Weight&& weight) {
-  constexpr bool bytes = format == Format::int4;
-  constexpr int64_t blocks = kGroup / Code<format>::per_word, run = bytes ? 4 : blocks;
-  const uint32_t* inputs = x.words + row * x.stride + group * 2 * blocks;
+  constexpr bool narrow = format == Format::int4;
+  constexpr int parts = Code<format>::parts;
+  constexpr int64_t blocks = kGroup / Code<format>::per_word, run = narrow ? 4 : blocks;
+  const uint32_t* inputs = x.words + row * x.stride + group * parts * blocks;
   unroll<R>([&](auto r) { unroll<N>([&](auto v) { acc[r][v] = V::set_words(0); }); });
   for (int64_t first = 0; first < blocks; first += run) {
     V::I sum[R][N];
     unroll<R>([&](auto r) { unroll<N>([&](auto v) { sum[r][v] = V::set_words(0); }); });
 #pragma GCC unroll 1  // unrolled, all products come first and their sums last, through memory
     for (int64_t block = first; block < first + run; ++block)
-      unroll<2>([&](auto i) {
+      unroll<parts>([&](auto i) {
         V::I input[R];
-        unroll<R>([&](auto r) { input[r] = V::set_words(inputs[r * x.stride + 2 * block + i]); });
+        unroll<R>([&](auto r) { input[r] = V::set_words(inputs[r * x.stride + parts * block + i]); });
         unroll<N>([&](auto v) {
           const V::I w = weight(block, i, v);
           unroll<R>(
-              [&](auto r) { sum[r][v] = bytes ? V::dot8(sum[r][v], w, input[r]) : V::dot16(sum[r][v], w, input[r]); });
+              [&](auto r) { sum[r][v] = narrow ? V::dot4(sum[r][v], w, input[r]) : V::dot8(sum[r][v], w, input[r]); });
         });
       });
     unroll<R>([&](auto r) {
-      unroll<N>([&](auto v) { acc[r][v] = V::add_words(acc[r][v], bytes ? V::total8(sum[r][v]) : sum[r][v]); });
+      unroll<N>([&](auto v) { acc[r][v] = V::add_words(acc[r][v], narrow ? V::total4(sum[r][v]) : sum[r][v]); });
     });
   }
 }
@@ -257,27 +257,32 @@ NANOCHAT_APART void direct(const LinearArgs& a, int64_t panel, const Inputs&) {
   });
 }
 
-template <Format format, int R, int P>
+// Integer products do more between two loads than a core looks ahead over, so that the hardware's prefetcher alone
+// leaves a fifth of the bandwidth unused: each line is asked for this many bytes before its use. (One panel at a time:
+// two streams and their prefetches get in each other's way.)
+constexpr int64_t kAhead = 2048;
+
+template <Format format, int R>
 NANOCHAT_APART void direct_integer(const LinearArgs& a, int64_t panel, const Inputs& x) {
   using C = Code<format>;
-  constexpr int vecs = P * kVecs, together = kTogether<R>;
+  constexpr int together = kTogether<R>, line = 64 / sizeof(V::I);
   constexpr int64_t blocks = kGroup / C::per_word;
   float* y = a.y + panel * kPanel;
-  Tile tiles[P];
-  for (int p = 0; p < P; ++p) tiles[p] = tile_of<format>(a.weight, panel + p);
+  const Tile tile = tile_of<format>(a.weight, panel);
   for (int64_t group = 0; group < x.groups; ++group)
-    unroll<vecs / together>([&](auto part) {
+    unroll<kVecs / together>([&](auto part) {
       V::I acc[R][together];
       dot_group<format, R, together>(
           acc, x, 0, group, [&](int64_t block, auto i, auto j) __attribute__((always_inline)) {
             constexpr int v = part * together + j;
-            return C::template at<i>(
-                V::words(tiles[v / kVecs].words + (group * blocks + block) * kPanel + (v % kVecs) * V::lanes));
+            const uint32_t* words = tile.words + (group * blocks + block) * kPanel + v * V::lanes;
+            if constexpr (i == 0 && v % line == 0) __builtin_prefetch(words + kAhead / 4);
+            return C::template at<i>(V::words(words));
           });
       unroll<together>([&](auto j) {
         constexpr int v = part * together + j;
         unroll<R>([&](auto r) {
-          settle<format>(a, tiles[v / kVecs], group, (v % kVecs) * V::lanes, acc[r][j], x.scales[r * x.groups + group],
+          settle<format>(a, tile, group, v * V::lanes, acc[r][j], x.scales[r * x.groups + group],
                          x.sums[r * x.groups + group], y + r * a.y_stride + v * V::lanes);
         });
       });
@@ -318,9 +323,9 @@ NANOCHAT_APART void blocked_integer(const LinearArgs& a, const Tile& tile, const
   for (int64_t group = begin / kGroup; group < end / kGroup; ++group) {
     V::I acc[R][kVecs];
     dot_group<format, R, kVecs>(acc, x, row, group, [&](int64_t block, auto i, auto v) __attribute__((always_inline)) {
-      return V::words(weights + (2 * block + i) * kPanel + v * V::lanes);
+      return V::words(weights + (Code<format>::parts * block + i) * kPanel + v * V::lanes);
     });
-    weights += input_words(format, kGroup) * kPanel;
+    weights += input_words(kGroup) * kPanel;
     unroll<kVecs>([&](auto v) {
       unroll<R>([&](auto r) {
         settle<format>(a, tile, group, v * V::lanes, acc[r][v], x.scales[(row + r) * x.groups + group],
@@ -332,7 +337,7 @@ NANOCHAT_APART void blocked_integer(const LinearArgs& a, const Tile& tile, const
 
 template <Format format>
 void decode(const Tile& tile, int64_t begin, int64_t end, float* decoded) {
-  constexpr int per = Code<format>::per_word, parts = is_integer(format) ? 2 : per;
+  constexpr int per = Code<format>::per_word, parts = Code<format>::parts;
   for (int64_t block = begin / per; block < end / per; ++block, decoded += parts * kPanel) {
     unroll<kVecs>([&](auto v) {
       const V::I word = V::words(tile.words + block * kPanel + v * V::lanes);
@@ -351,14 +356,18 @@ NANOCHAT_INLINE void with_rows(int64_t rows, Body&& body) {
 
 template <Format format>
 void linear_many(const LinearArgs& a, int64_t begin, int64_t end, float* decoded, const Inputs& x) {
-  constexpr int64_t span = kDecode * (is_integer(format) ? kGroup / input_words(format, kGroup) : 1);  // fill `decoded`
+  constexpr int64_t span = kDecode * (is_integer(format) ? kGroup / input_words(kGroup) : 1);  // what fills `decoded`
   constexpr int most = is_integer(format) ? V::integer_rows : V::rows;
   const int64_t inputs = a.weight.inputs;
   for (int64_t panel = begin; panel < end; ++panel) {
     const Tile tile = tile_of<format>(a.weight, panel);
     for (int64_t k = 0; k < inputs; k += span) {
       const int64_t stop = k + span < inputs ? k + span : inputs;
-      decode<format>(tile, k, stop, decoded);
+      const float* weights = decoded;
+      if constexpr (format == Format::int8)  // whose words are ready as they are
+        weights = reinterpret_cast<const float*>(tile.words + k / Code<format>::per_word * kPanel);
+      else
+        decode<format>(tile, k, stop, decoded);
       // The words of the next span (or panel: they follow) come from memory while this one's rows are computed.
       const char* next = reinterpret_cast<const char*>(tile.words + stop / Code<format>::per_word * kPanel);
       const char* const next_end = next + (stop - k) / Code<format>::per_word * kPanel * 4;
@@ -369,9 +378,9 @@ void linear_many(const LinearArgs& a, int64_t begin, int64_t end, float* decoded
         const int64_t left = a.rows - row, even = left == most + 1 ? (left + 1) / 2 : left;  // no single row at the end
         with_rows<most>(even, [&](auto r) {
           if constexpr (is_integer(format))
-            blocked_integer<format, r>(a, tile, decoded, x, panel, row, k, stop);
+            blocked_integer<format, r>(a, tile, weights, x, panel, row, k, stop);
           else
-            blocked<format, r>(a, tile, decoded, x, panel, row, k, stop);
+            blocked<format, r>(a, tile, weights, x, panel, row, k, stop);
           row += r;
         });
       }
@@ -382,7 +391,7 @@ void linear_many(const LinearArgs& a, int64_t begin, int64_t end, float* decoded
 template <Format format, int R, int P>
 NANOCHAT_INLINE void few(const LinearArgs& a, int64_t panel, const Inputs& x) {
   if constexpr (is_integer(format))
-    direct_integer<format, R, P>(a, panel, x);
+    for (int p = 0; p < P; ++p) direct_integer<format, R>(a, panel + p, x);
   else
     direct<format, R, P>(a, panel, x);
 }
@@ -390,7 +399,7 @@ NANOCHAT_INLINE void few(const LinearArgs& a, int64_t panel, const Inputs& x) {
 template <Format format>
 void linear_of(const LinearArgs& a, int64_t begin, int64_t end, float* scratch) {
   const Scratch s = scratch_of(a, scratch);
-  const Inputs x{s.words, s.scales, s.sums, a.weight.inputs / kGroup, input_words(format, a.weight.inputs)};
+  const Inputs x{s.words, s.scales, s.sums, a.weight.inputs / kGroup, input_words(a.weight.inputs)};
   if (a.rows > V::rows) return linear_many<format>(a, begin, end, s.decoded, x);
   if (a.rows == 1)
     for (; begin + 2 <= end; begin += 2) few<format, 1, 2>(a, begin, x);

@@ -43,32 +43,20 @@ struct V {
   static void store_any(float* p, F x) { store(p, x); }
   static void store_any(float* p, I x) { vst1q_u32(reinterpret_cast<uint32_t*>(p), x); }
   static I set_words(uint32_t w) { return vdupq_n_u32(w); }
-  static I dot16(I acc, I a, I b) {
-    const int16x8_t x = vreinterpretq_s16_u32(a), y = vreinterpretq_s16_u32(b);
-    const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y)), high = vmull_high_s16(x, y);
-    return vaddq_u32(acc, vreinterpretq_u32_s32(vpaddq_s32(low, high)));
-  }
   static I add_words(I a, I b) { return vaddq_u32(a, b); }
-  static I dot8(I acc, I a, I b) {
-    const int8x16_t x = vreinterpretq_s8_u32(a), y = vreinterpretq_s8_u32(b);  // a is at most 15: signed or not
-    const int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_high_s8(x, y);
-    return vreinterpretq_u32_s16(vaddq_s16(vreinterpretq_s16_u32(acc), vpaddq_s16(low, high)));
+  static int16x8_t pairs(I a, I b) {  // sums of two products of signed bytes: at most 2·127², no overflow
+    const int8x16_t x = vreinterpretq_s8_u32(a), y = vreinterpretq_s8_u32(b);
+    return vpaddq_s16(vmull_s8(vget_low_s8(x), vget_low_s8(y)), vmull_high_s8(x, y));
   }
-  static I total8(I acc) { return vreinterpretq_u32_s32(vpaddlq_s16(vreinterpretq_s16_u32(acc))); }
-  template <int n>
-  static I shl16(I w) {
-    return vreinterpretq_u32_u16(vshlq_n_u16(vreinterpretq_u16_u32(w), n));
-  }
+  static I dot4(I acc, I w, I x) { return vreinterpretq_u32_s16(vaddq_s16(vreinterpretq_s16_u32(acc), pairs(w, x))); }
+  static I total4(I acc) { return vreinterpretq_u32_s32(vpaddlq_s16(vreinterpretq_s16_u32(acc))); }
+  static I dot8(I acc, I w, I x) { return vreinterpretq_u32_s32(vpadalq_s16(vreinterpretq_s32_u32(acc), pairs(w, x))); }
   template <int n>
   static I shr16(I w) {
     if constexpr (n == 0)
       return w;  // the instruction has no shift by nothing
     else
       return vreinterpretq_u32_u16(vshrq_n_u16(vreinterpretq_u16_u32(w), n));
-  }
-  template <int n>
-  static I sar16(I w) {
-    return vreinterpretq_u32_s16(vshrq_n_s16(vreinterpretq_s16_u32(w), n));
   }
   static F halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 };

@@ -20,7 +20,6 @@ struct V {
   typedef uint32_t I __attribute__((vector_size(16)));
   typedef int32_t S __attribute__((vector_size(16)));
   typedef uint16_t H __attribute__((vector_size(16)));
-  typedef int16_t T __attribute__((vector_size(16)));
   static constexpr int lanes = 4, rows = 2, integer_rows = 2;
   static F zero() { return set(0.0f); }
   static F set(float x) { return F{x, x, x, x}; }
@@ -62,26 +61,16 @@ struct V {
   static void store_any(float* p, F x) { store(p, x); }
   static void store_any(float* p, I x) { std::memcpy(p, &x, sizeof x); }
   static I set_words(uint32_t w) { return I{w, w, w, w}; }
-  static I dot16(I acc, I a, I b) {
-    return acc + (I)(((S)(a << 16) >> 16) * ((S)(b << 16) >> 16) + ((S)a >> 16) * ((S)b >> 16));
-  }
   static I add_words(I a, I b) { return a + b; }
-  static I dot8(I acc, I a, I b) {
-    for (int bits = 24; bits >= 0; bits -= 8) acc += (a << bits >> 24) * (I)((S)(b << bits) >> 24);
+  static I dot8(I acc, I w, I x) {
+    for (int bits = 24; bits >= 0; bits -= 8) acc += (I)(((S)(w << bits) >> 24) * ((S)(x << bits) >> 24));
     return acc;
   }
-  static I total8(I acc) { return acc; }
-  template <int n>
-  static I shl16(I w) {
-    return (I)((H)w << n);
-  }
+  static I dot4(I acc, I w, I x) { return dot8(acc, w, x); }
+  static I total4(I acc) { return acc; }
   template <int n>
   static I shr16(I w) {
     return (I)((H)w >> n);
-  }
-  template <int n>
-  static I sar16(I w) {
-    return (I)((T)w >> n);
   }
   static F halves(const uint16_t* p) { return F{from_half(p[0]), from_half(p[1]), from_half(p[2]), from_half(p[3])}; }
 };

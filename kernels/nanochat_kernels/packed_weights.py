@@ -19,7 +19,7 @@ from torch import Tensor
 
 FORMATS = ("fp32", "bf16", "int8", "int4")
 PER_WORD = {"fp32": 1, "bf16": 2, "int8": 4, "int4": 8}
-INPUT_BITS = {"int8": 16, "int4": 8}
+INTEGER = ("int8", "int4")  # whose products round their inputs too
 PANEL = 32
 GROUP = 64
 RANGES = (1.0, 0.92, 0.84)  # shares of a group's range that int4 tries
@@ -46,7 +46,7 @@ def pack(weight: Tensor, format: str) -> PackedWeight:
     if format not in FORMATS:
         raise ValueError(f"weights {format!r}: use one of {', '.join(FORMATS)}")
     outputs, inputs = weight.shape
-    multiple = GROUP if format in ("int8", "int4") else PER_WORD[format]
+    multiple = GROUP if format in INTEGER else PER_WORD[format]
     weight = torch.nn.functional.pad(
         weight.detach().to("cpu", torch.float32), (0, -inputs % multiple, 0, -outputs % PANEL)
     )
@@ -88,12 +88,12 @@ def unpack(packed: PackedWeight) -> Tensor:
 
 
 def round_inputs(x: Tensor, format: str) -> Tensor:
-    """What a product with int8 or int4 weights makes of its inputs (..., inputs) float32: integers of 16 or 8 bits,
+    """What a product with int8 or int4 weights makes of its inputs (..., inputs) float32: integers from −127 to 127,
     times a scale per group. The other formats take them as they are."""
-    if format not in INPUT_BITS:
+    if format not in INTEGER:
         return x
     groups = torch.nn.functional.pad(x, (0, -x.size(-1) % GROUP)).unflatten(-1, (-1, GROUP))
-    step = groups.abs().amax(-1, keepdim=True) / (2 ** (INPUT_BITS[format] - 1) - 1)
+    step = groups.abs().amax(-1, keepdim=True) / 127
     inverse = torch.where(step > 1e-35, 1 / step, 0.0)
     return ((groups * inverse).round() * step).flatten(-2)[..., : x.size(-1)]
 
