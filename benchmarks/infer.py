@@ -13,7 +13,10 @@ own every time. What is timed is the whole engine with its draw (greedy), not a 
 not depend on them, quality does, so `--quality` takes a checkpoint.
 
 A decode step cannot be faster than its bytes: packed weights once, keys and values in sight per row. `mbu` is those
-bytes ÷ time ÷ the read bandwidth measured in the same run. The last line of output is one JSON object.
+bytes ÷ time ÷ the read bandwidth measured in the same run; `weights_share` counts the weights alone, still over the
+whole step with its attention, draw and bookkeeping. `stream_share` says how fast the kernels stream weights: it times
+the model alone, for a token that sees only itself, against the bandwidth measured just before, the best of five both.
+The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import psutil
 import torch
@@ -37,10 +40,11 @@ from nanochat.doctor import read_bandwidth
 from nanochat.errors import NanochatError, UsageError
 from nanochat.inference.batch_engine import BatchConfig, BatchEngine, Request
 from nanochat.inference.cuda_graphs import GraphRunner
-from nanochat.inference.paged_cache import BLOCK_SIZE
+from nanochat.inference.native_runner import NativeRunner
+from nanochat.inference.paged_cache import BLOCK_SIZE, PagedCache
 from nanochat.inference.runner import make_runner
 from nanochat.inference.sampling import SamplingParams
-from nanochat.inference.step import Runner, TorchRunner
+from nanochat.inference.step import Runner, StepBatch, TorchRunner
 from nanochat.measure import machine
 from nanochat.model.config import GPTConfig
 from nanochat.model.costs import decode_flops, linear_parameters
@@ -187,6 +191,25 @@ class Ours:
         return {"first": first, "steps": steps}
 
 
+class Stream:
+    """The C++ step for one token that sees only itself: all weights, and next to nothing else."""
+
+    def __init__(self, model: GPT, runner: NativeRunner) -> None:
+        self.runner, self.cache = runner, PagedCache(model.config, (1, 1), dtype=runner.cache_dtype)
+        one, table = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int32)
+        bounds, lengths = torch.tensor([0, 1], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        self.batch = StepBatch(one, one - 1, one, bounds, lengths, (table, table), one)
+
+    def __call__(self) -> dict[str, Any]:
+        """{"bandwidth": weight bytes per second}, the best of five."""
+        seconds = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            self.runner(self.batch, self.cache)
+            seconds.append(time.perf_counter() - begin)
+        return {"bandwidth": self.runner.nbytes / min(seconds)}
+
+
 def bandwidth_of(device: torch.device) -> float:
     """Bytes/s now: what reading alone reaches on a CPU, what copying reaches on a GPU."""
     return machine.ceilings(device).bandwidth if device.type == "cuda" else read_bandwidth()
@@ -210,9 +233,13 @@ def compare(config: InferConfig, model: GPT, runners: dict[str, Runner], batch: 
     for engine in engines.values():
         engine()  # warm up: tables, buffers, first touch of memory
     sides: dict[str, Callable[[], dict[str, Any]]] = {"bandwidth": lambda: {"bandwidth": bandwidth_of(model.device)}}
+    streams = {name: f"{name} weights" for name, runner in runners.items() if isinstance(runner, NativeRunner)}
+    sides |= {side: Stream(model, cast(NativeRunner, runners[name])) for name, side in streams.items()}
     peers = {p.partition("=")[0]: peer_of(config, p, batch, model.device) for p in config.peer}
     runs = harness.interleave(sides | engines | peers, config.rounds)
-    bandwidth = max(run["bandwidth"] for run in runs.pop("bandwidth"))
+    read = [run["bandwidth"] for run in runs.pop("bandwidth")]
+    streamed = {name: [run["bandwidth"] for run in runs.pop(side)] for name, side in streams.items()}
+    bandwidth = max(read)
     context = config.prompt + config.decode // 2
     found: dict[str, Any] = {"read_bandwidth": bandwidth}
     for name, results in runs.items():
@@ -235,6 +262,8 @@ def compare(config: InferConfig, model: GPT, runners: dict[str, Runner], batch: 
             cell |= {"mbu": moved / step / bandwidth, "cache_bytes": engines[name].engine.cache.nbytes}
             if weights:
                 cell |= {"weight_bytes": weights, "weights_share": weights / step / bandwidth}
+            if name in streamed:
+                cell["stream_share"] = harness.Timing([s / r for s, r in zip(streamed[name], read, strict=True)]).median
         else:
             cell["peak_rss"] = max(run["peak_rss"] for run in results)
         rows.add(work="first token", mode="prefill", timing=first, **fields)

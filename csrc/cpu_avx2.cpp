@@ -73,7 +73,7 @@ struct V {
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {"avx2", prepare, linear, norm, rope_norm, attend};
+const Kernels kAvx2 = {"avx2", prepare, linear, norm, rope_norm, attend, loss};
 
 }  // namespace nanochat
 

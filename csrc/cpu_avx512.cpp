@@ -91,7 +91,7 @@ struct V {
 }  // namespace
 
 extern const Kernels NANOCHAT_TABLE;
-const Kernels NANOCHAT_TABLE = {NANOCHAT_NAME, prepare, linear, norm, rope_norm, attend};
+const Kernels NANOCHAT_TABLE = {NANOCHAT_NAME, prepare, linear, norm, rope_norm, attend, loss};
 
 }  // namespace nanochat
 

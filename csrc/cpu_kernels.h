@@ -6,7 +6,7 @@
 // whatever the number of rows: a row's result does not depend on the batch, bit for bit.
 //
 //   fp32, bf16   y = Σ x·w in float32
-//   int8         y = s·Σ_g Σ x·q                  scales: float s per output
+//   int8         y = s·Σ_g Σ x·q, |q| ≤ 127       scales: float s per output
 //   int4         y = Σ_g (s_g·Σ x·q + o_g·Σ x)    scales: half s, o per group of 64 inputs, (panel, group, 2, 32)
 //
 // Their inputs are rounded too, each group of 64 to 8 bits and a scale of its own, so that products add up exactly in
@@ -68,6 +68,15 @@ struct AttendArgs {
   float* scratch;                   // attend_scratch(...) floats
 };
 
+// A row of the head's logits, 2l/c each (the factor rides in the matrix product). If gradients are wanted it becomes
+// s(1 − s)·(softmax − onehot) with s = sigmoid(2l/c), otherwise it is left as anything.
+struct LossArgs {
+  float* row;
+  int64_t n, target;
+  float softcap;
+  bool gradients;
+};
+
 struct Kernels {
   const char* name;
   // What all panels of a product share, written to scratch (linear_scratch(...) floats): once per thread and product.
@@ -78,6 +87,7 @@ struct Kernels {
   // A head (d) in place: rotated by −θ, then scale·rmsnorm.
   void (*rope_norm)(float* head, const float* cos, const float* sin, int64_t d, float scale);
   void (*attend)(const AttendArgs&);
+  float (*loss)(const LossArgs&);  // −log of the target's probability
 };
 
 inline int64_t linear_scratch(int64_t rows, int64_t inputs) {

@@ -66,7 +66,7 @@ struct V {
 }  // namespace
 
 extern const Kernels kNeon;
-const Kernels kNeon = {"neon", prepare, linear, norm, rope_norm, attend};
+const Kernels kNeon = {"neon", prepare, linear, norm, rope_norm, attend, loss};
 
 }  // namespace nanochat
 #endif

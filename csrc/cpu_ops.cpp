@@ -345,12 +345,35 @@ Tensor model_step(at::IntArrayRef sizes, at::ArrayRef<double> scalars, c10::stri
   return logits;
 }
 
+void softcap_cross_entropy(Tensor& panel, const Tensor& targets, Tensor& nll, double softcap, bool gradients) {
+  TORCH_CHECK(panel.dim() == 2 && panel.is_contiguous(), "panel must be contiguous (rows, vocabulary)");
+  const Table table = table_of(panel, "panel");
+  const int64_t rows = panel.size(0), vocabulary = panel.size(1);
+  const int64_t* target = indices(targets, rows, "targets");
+  TORCH_CHECK(nll.scalar_type() == at::kFloat && nll.is_contiguous() && nll.numel() == rows,
+              "nll must be contiguous float32 (rows)");
+  for (int64_t row = 0; row < rows; ++row)
+    TORCH_CHECK_INDEX(0 <= target[row] && target[row] < vocabulary, "target ", target[row], " of ", vocabulary);
+  float* losses = nll.mutable_data_ptr<float>();
+  const Kernels& kernels = cpu_kernels();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* at = table.bf16 ? scratch(vocabulary) : static_cast<float*>(table.data) + row * vocabulary;
+      uint16_t* narrow = static_cast<uint16_t*>(table.data) + row * vocabulary;
+      for (int64_t i = 0; table.bf16 && i < vocabulary; ++i) at[i] = from_bf16(narrow[i]);
+      losses[row] = kernels.loss({at, vocabulary, target[row], static_cast<float>(softcap), gradients});
+      for (int64_t i = 0; table.bf16 && gradients && i < vocabulary; ++i) narrow[i] = to_bf16(at[i]);
+    }
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nanochat, CPU, m) {
   m.impl("packed_linear", packed_linear);
   m.impl("paged_attention", paged_attention);
   m.impl("model_step", model_step);
+  m.impl("softcap_cross_entropy", softcap_cross_entropy);
 }
 
 TORCH_LIBRARY_IMPL(nanochat, CompositeExplicitAutograd, m) { m.impl("allocate", allocate); }

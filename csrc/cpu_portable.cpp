@@ -80,6 +80,6 @@ struct V {
 }  // namespace
 
 extern const Kernels kPortable;
-const Kernels kPortable = {"portable", prepare, linear, norm, rope_norm, attend};
+const Kernels kPortable = {"portable", prepare, linear, norm, rope_norm, attend, loss};
 
 }  // namespace nanochat

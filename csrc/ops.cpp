@@ -31,6 +31,10 @@ NANOCHAT_DECLARE(NANOCHAT_LIBRARY, m) {
       "Tensor tokens, Tensor previous, Tensor positions, Tensor starts, Tensor lengths, Tensor full_table, "
       "Tensor window_table, Tensor outputs) -> Tensor");
 
+  // On CPUs and CUDA: panel (rows, vocabulary) holds 2l/c and becomes s(1 − s)·(softmax − onehot), s = sigmoid(2l/c),
+  // if gradients are wanted.
+  m.def("softcap_cross_entropy(Tensor(a!) panel, Tensor targets, Tensor(b!) nll, float softcap, bool gradients) -> ()");
+
   // What follows runs on CUDA alone: the kernels of the .cu files, whose heads say what they compute.
 
   // (y, mixed) of kernels/nanochat_kernels/rms_norm.py; mixed is empty when it would be x itself. Scales are one
@@ -61,8 +65,4 @@ NANOCHAT_DECLARE(NANOCHAT_LIBRARY, m) {
   m.def(
       "draw_tokens(Tensor logits, Tensor seeds, Tensor positions, Tensor temperature, Tensor top_k, Tensor top_p, "
       "Tensor min_p) -> Tensor");
-
-  // panel (rows, vocabulary) holds 2l/c and becomes s(1 − s)·(softmax − onehot), s = sigmoid(2l/c), if gradients are
-  // wanted.
-  m.def("softcap_cross_entropy(Tensor(a!) panel, Tensor targets, Tensor(b!) nll, float softcap, bool gradients) -> ()");
 }

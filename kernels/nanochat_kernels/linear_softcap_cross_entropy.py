@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat_kernels.native import on_cpu
 from nanochat_kernels.native_cuda import needs_cuda_ops
 from nanochat_kernels.numerics import normal, wide
 from nanochat_kernels.registry import Case, Cost, Op
@@ -96,9 +97,11 @@ linear_softcap_cross_entropy = Op(
     chunked="nanochat_kernels.linear_softcap_cross_entropy_chunked:linear_softcap_cross_entropy_chunked",
     triton="nanochat_kernels.linear_softcap_cross_entropy_triton:linear_softcap_cross_entropy_triton",
     cuda="nanochat_kernels.native_cuda:linear_softcap_cross_entropy",
-    available={"triton": needs_triton, "cuda": needs_cuda_ops},
-    custom=("triton", "cuda", "chunked"),
+    native="nanochat_kernels.native:linear_softcap_cross_entropy",
+    available={"triton": needs_triton, "cuda": needs_cuda_ops, "native": on_cpu},
+    custom=("triton", "cuda", "native", "chunked"),
     auto=(
+        ("native", lambda place: place.device.type == "cpu", "and the elementwise work takes two walks over each row"),
         ("chunked", lambda place: place.device.type == "cpu", "logits stay in the cache, gradients in the same pass"),
     ),
     cases=_cases,

@@ -44,7 +44,7 @@ def linear_softcap_cross_entropy_chunked(
     reduction: str = "mean",
     fused: str = "",
 ) -> Tensor:
-    """As the reference. fused: who does the elementwise work, "" (torch), "triton" or "cuda" (csrc/).
+    """As the reference. fused: who does the elementwise work, "" (torch), "triton", or csrc/ on its device: "cuda", "native".
 
     Gradients for x, weight and, where they ask for it, token_weights; second derivatives not."""
     if reduction not in REDUCTIONS:
@@ -193,7 +193,7 @@ def _walk(
 
 
 def _fused_step(kind: str) -> Callable[[Tensor, Tensor, Tensor, float, bool], None]:
-    module = {"triton": "linear_softcap_cross_entropy_triton", "cuda": "native_cuda"}[kind]
+    module = {"triton": "linear_softcap_cross_entropy_triton", "cuda": "native_cuda", "native": "native"}[kind]
     return importlib.import_module(f"nanochat_kernels.{module}").softmax_and_gradient
 
 

@@ -69,6 +69,29 @@ def paged_attention(
     return torch.ops.nanochat.paged_attention(q, k_cache, v_cache, table, starts, lengths, window)
 
 
+def softmax_and_gradient(panel: Tensor, targets: Tensor, nll: Tensor, softcap: float, gradients: bool) -> None:
+    """The elementwise step of linear_softcap_cross_entropy_chunked.py in two walks over a row in the cache."""
+    load()
+    torch.ops.nanochat.softcap_cross_entropy(panel, targets, nll, softcap, gradients)
+
+
+def linear_softcap_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None = None,
+    vocab_size: int | None = None,
+    softcap: float = 15.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """nanochat_kernels.linear_softcap_cross_entropy on a CPU: the chunked walk with this elementwise step."""
+    from nanochat_kernels.linear_softcap_cross_entropy_chunked import linear_softcap_cross_entropy_chunked
+
+    return linear_softcap_cross_entropy_chunked(
+        x, weight, targets, token_weights, vocab_size, softcap, reduction, fused="native"
+    )
+
+
 def _register_fakes() -> None:
     @torch.library.register_fake("nanochat::paged_attention")
     def _(q, k_cache, v_cache, table, starts, lengths, window):

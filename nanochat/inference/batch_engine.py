@@ -148,6 +148,7 @@ class BatchEngine:
             model.config, self.context, config.block_size, config.max_step_tokens, config.max_batch,
             model.device, self.runner.cache_dtype, config.cache_bytes, config.num_blocks,
         )  # fmt: skip
+        self.device = model.device
         self.cache = PagedCache(
             model.config, sizes, config.block_size, self.context, model.device, self.runner.cache_dtype
         )
@@ -225,7 +226,7 @@ class BatchEngine:
             return []
         self._steps += 1
         try:
-            batch = batch_of(works, self.model.device)
+            batch = batch_of(works, self.device)
             logits = self.runner(batch, self.cache)
             drawing = [work for work in works if work.finishes]
             ids, logprobs = self._draw(drawing, logits)
@@ -471,6 +472,7 @@ def batch_of(works: Sequence[Work], device: torch.device) -> StepBatch:
     short = np.array([*starts, *(work.start + work.count for work in works)], np.int32)
     packed = torch.from_numpy(np.concatenate([long, short, *tables])).to(device)  # one copy to the device
     count, cells = len(tokens), len(held) * width
-    ids, before, at, wanted = packed[: long.size].view(torch.int64).split([count, count, count, len(outputs)])
-    begins, ends, full, window = packed[long.size :].split([len(starts), len(works), cells, cells])
+    wide, narrow = packed.split_with_sizes([long.size, packed.numel() - long.size])  # a third of split's time
+    ids, before, at, wanted = wide.view(torch.int64).split_with_sizes([count, count, count, len(outputs)])
+    begins, ends, full, window = narrow.split_with_sizes([len(starts), len(works), cells, cells])
     return StepBatch(ids, before, at, begins, ends, (full.view(-1, width), window.view(-1, width)), wanted)

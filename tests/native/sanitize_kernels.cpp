@@ -59,6 +59,8 @@ std::unique_ptr<Weights> weights(Format format, int64_t outputs, int64_t inputs)
       word = to_bf16(draw() * 0.1f) | (static_cast<uint32_t>(to_bf16(draw() * 0.1f)) << 16);
     else
       word = static_cast<uint32_t>((static_cast<double>(draw()) + 1.0) * 2147483647.0);
+    for (int shift = 0; format == Format::int8 && shift < 32; shift += 8)
+      if (((word >> shift) & 0xff) == 0x80) word += 1u << shift;  // no weight is −128
   }
   if (format == Format::int8) w->channel = floats(outputs, 0.001f);
   if (format == Format::int4)
@@ -99,7 +101,7 @@ void test_linear(const Kernels& kernels, Format format, int64_t outputs, int64_t
   std::vector<float> y(static_cast<size_t>(rows * p.outputs)),
       scratch(static_cast<size_t>(linear_scratch(rows, p.inputs)));
   const LinearArgs args{p, x.data(), p.inputs, rows, y.data(), p.outputs, Epilogue::none, 15.0f};
-  const double tolerance = format == Format::int4 ? 0.02 : 1e-4;  // its inputs have 8 bits
+  const double tolerance = format == Format::int8 || format == Format::int4 ? 0.02 : 1e-4;  // inputs have 8 bits
   kernels.prepare(args, scratch.data());
   kernels.linear(args, 0, p.outputs / kPanel, scratch.data());
   for (int64_t r = 0; r < rows; ++r)
@@ -246,6 +248,21 @@ void test_step(const Kernels& kernels, Format format, bool bf16) {
   }
 }
 
+void test_loss(const Kernels& kernels, int64_t n) {
+  for (int64_t target : {int64_t{0}, n / 2, n - 1}) {
+    const std::vector<float> row = floats(n, 4.0f);
+    double total = 0;
+    const auto logit = [&](int64_t i) { return 30.0 / (1.0 + std::exp(-double{row[static_cast<size_t>(i)]})); };
+    for (int64_t i = 0; i < n; ++i) total += std::exp(logit(i) - logit(target));
+    for (bool gradients : {false, true}) {
+      std::vector<float> copy = row;
+      const float nll = kernels.loss({copy.data(), n, target, 15.0f, gradients});
+      expect(std::fabs(nll - std::log(total)) < 1e-5 * (1 + std::log(total)), "loss");
+      expect(!gradients || copy[static_cast<size_t>(target)] <= 0.0f, "the target's gradient");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -259,6 +276,7 @@ int main() {
       for (int64_t last : {0, 1, 15, 16, 40})
         test_attend(kernels, bf16, 1 + d % 3, 1 + d % 5, d, 1 + d % 7, last / 3, last);
   for (int64_t n : {1, 7, 8, 64, 131}) test_norm(kernels, n);
+  for (int64_t n : {1, 7, 16, 131, 1030}) test_loss(kernels, n);
   for (Format format : formats)
     for (bool bf16 : {false, true}) test_step(kernels, format, bf16);
   std::printf("fine at %s\n", simd_level());
