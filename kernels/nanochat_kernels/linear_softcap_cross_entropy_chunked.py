@@ -44,7 +44,7 @@ def linear_softcap_cross_entropy_chunked(
     reduction: str = "mean",
     fused: str = "",
 ) -> Tensor:
-    """As the reference. fused: who does the elementwise work, "" (torch), "triton", or csrc/ on its device: "cuda", "native".
+    """As the reference. fused: who does the elementwise work, "" (torch), "triton", csrc/ by "cuda" or "native" (CPU).
 
     Gradients for x, weight and, where they ask for it, token_weights; second derivatives not."""
     if reduction not in REDUCTIONS:

@@ -12,7 +12,8 @@ and the mean is over the tasks that are there.
 
 Cost: a question's shots are most of its tokens and the same in all its rows, so they are computed once, also when
 another question of the batch begins the same way, and the rows go on from copies of that cache; the head, the largest
-matrix, sees the scored positions alone. Batches are padded on the right.
+matrix, sees the scored positions alone, and so does the last layer but for its keys and values, as far as they stand at
+the end. Batches are padded on the right.
 """
 
 import csv
