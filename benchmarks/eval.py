@@ -4,7 +4,8 @@
 
 The bundle is CORE's (core.yaml, eval_data/); without one, questions of the built-in tasks' kind are made up: multiple
 choice with four endings behind ten shared examples, which is CORE's common shape and what prefix sharing is about. The
-model has random weights, which costs the same as trained ones. Rows give seconds per example, tokenizing included.
+model has random weights, which costs the same as trained ones. Rows give seconds per example, tokenizing included, and
+beside a peer how many of the verdicts are equal.
 """
 
 from __future__ import annotations
@@ -68,21 +69,23 @@ def make_model(args: argparse.Namespace, vocab_size: int, device: torch.device) 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     plan = KernelPlan.resolve(args.kernels, device=device, dtype=dtype, mode="prefill")
     model = GPT(GPTConfig.from_depth(args.depth, vocab_size, args.seq_len), plan, dtype).to(device)
-    torch.manual_seed(0)
-    model.init_weights()
+    draw = torch.Generator(device).manual_seed(0)
+    model.init_weights(draw)
+    with torch.no_grad():  # none is left at zero, so that verdicts depend on every layer
+        for name, weight in model.named_parameters():
+            if name.endswith(("attn.o.weight", "mlp.proj.weight", "lm_head.weight")):
+                weight.normal_(0.0, weight.size(1) ** -0.5, generator=draw)
     return model.eval()
 
 
 def ours(model: GPT, tokenizer: Tokenizer, bundle: Path, args: argparse.Namespace) -> Callable[[], dict[str, Any]]:
     def run() -> dict[str, Any]:
-        seconds, examples = {}, {}
+        seconds, verdicts = {}, {}
         for task in core.load_tasks(bundle)[0]:
             begin = time.perf_counter()
-            examples[task.label] = len(
-                core.evaluate_task(model, tokenizer, task, args.limit, args.batch_tokens).correct
-            )
+            verdicts[task.label] = core.evaluate_task(model, tokenizer, task, args.limit, args.batch_tokens).correct
             seconds[task.label] = time.perf_counter() - begin
-        return {"seconds": seconds, "examples": examples}
+        return {"seconds": seconds, "verdicts": verdicts}
 
     return run
 
@@ -99,8 +102,7 @@ def theirs(model: GPT, tokenizer: Tokenizer, bundle: Path, args: argparse.Namesp
             command = [sys.executable, str(script), str(folder), str(bundle), str(out)]
             command += ["--peer", args.peer.removeprefix("nanochat="), "--limit", str(args.limit)]
             harness.run_process(command)
-            done = json.loads(out.read_text(encoding="utf-8"))
-        return {"seconds": done["seconds"], "examples": {name: len(v) for name, v in done["verdicts"].items()}}
+            return json.loads(out.read_text(encoding="utf-8"))
 
     return run
 
@@ -135,13 +137,19 @@ def main() -> int:
         if args.peer:
             sides["nanochat"] = theirs(model, tokenizer, bundle, args)
         runs = harness.interleave(sides, args.rounds)
+    counts = {label: len(verdicts) for label, verdicts in runs["ours"][-1]["verdicts"].items()}
     for name, done in runs.items():
-        each = [sum(run["seconds"].values()) / sum(run["examples"].values()) for run in done]
+        each = [sum(run["seconds"].values()) / sum(counts.values()) for run in done]
+        equal = {}
+        if name != "ours":
+            pairs = [(done[-1]["verdicts"][label], runs["ours"][-1]["verdicts"][label]) for label in counts]
+            equal["equal_verdicts"] = sum(a == b for theirs, mine in pairs for a, b in zip(theirs, mine, strict=True))
+            harness.say(f"{equal['equal_verdicts']} of {sum(counts.values())} verdicts equal those of {name}")
         rows.add(
             timing=harness.Timing(each), unit={"examples_per_s": 1 / harness.Timing(each).median}, work="core",
             case=f"d{args.depth} {args.bundle.name if args.bundle else 'made up'} limit {args.limit}",
             backend=args.kernels if name == "ours" else None, peer=None if name == "ours" else name,
-            dtype=str(model.dtype).removeprefix("torch."), tasks=done[-1]["seconds"],
+            dtype=str(model.dtype).removeprefix("torch."), tasks=done[-1]["seconds"], **equal,
         )  # fmt: skip
     rows.table(("examples_per_s",))
     return 0
