@@ -86,6 +86,11 @@ class Place:
     dtype: torch.dtype
     mode: str
 
+    @property
+    def forward_on_cpu(self) -> bool:
+        """A CPU, and no gradients wanted: tensors may be overwritten where they lie."""
+        return self.device.type == "cpu" and self.mode in ("prefill", "decode")
+
 
 Probe = Callable[[Place], "str | None"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_kernels.numerics import normal
-from nanochat_kernels.registry import Case, Cost, Op, Place
+from nanochat_kernels.registry import Case, Cost, Op
 from nanochat_kernels.triton_support import needs_triton
 
 
@@ -56,10 +56,6 @@ def relu2_mlp_lean(x: Tensor, w_fc: Tensor, w_proj: Tensor) -> Tensor:
     return _Lean.apply(x, w_fc, w_proj)
 
 
-def _on_cpu_forward(place: Place) -> bool:
-    return place.device.type == "cpu" and place.mode in ("prefill", "decode")
-
-
 def _cases() -> Iterator[Case]:
     def make(rows, c, hidden, weight_dtype=None):
         def build(device, dtype, generator):
@@ -92,7 +88,7 @@ relu2_mlp = Op(
     triton="nanochat_kernels.relu2_mlp_triton:relu2_mlp_triton",
     available={"triton": needs_triton},
     custom=("triton",),
-    auto=(("lean", _on_cpu_forward, "one hidden tensor, squared where it lies"),),
+    auto=(("lean", lambda place: place.forward_on_cpu, "one hidden tensor, squared where it lies"),),
     cases=_cases,
     cost=_cost,
     differentiable=("x", "w_fc", "w_proj"),

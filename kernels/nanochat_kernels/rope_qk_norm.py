@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat_kernels.numerics import EPS, normal
-from nanochat_kernels.registry import Case, Cost, Op, Place
+from nanochat_kernels.registry import Case, Cost, Op
 from nanochat_kernels.triton_support import needs_triton
 
 GATE_SCALE = 3.0
@@ -83,10 +83,6 @@ def _rotate_and_norm_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, scal
     return out.mul_(factor.to(x.dtype))
 
 
-def _on_cpu_forward(place: Place) -> bool:
-    return place.device.type == "cpu" and place.mode in ("prefill", "decode")
-
-
 def _cases() -> Iterator[Case]:
     def make(b, t, h, g, d, embedding=True, per_row=False, packed=False):
         def build(device, dtype, generator):
@@ -124,7 +120,7 @@ rope_qk_norm = Op(
     triton="nanochat_kernels.rope_qk_norm_triton:rope_qk_norm_triton",
     available={"triton": needs_triton},
     custom=("triton",),
-    auto=(("lean", _on_cpu_forward, "halves rotated into the result, no copies"),),
+    auto=(("lean", lambda place: place.forward_on_cpu, "halves rotated into the result, no copies"),),
     cases=_cases,
     cost=_cost,
     differentiable=("q", "k", "v", "ve", "gate"),
