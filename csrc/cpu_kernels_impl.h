@@ -56,8 +56,8 @@ constexpr bool is_integer(Format format) { return format == Format::int8 || form
 // Words of inputs (and of decoded weights per output) that k weights of an integer product meet.
 constexpr int64_t input_words(int64_t k) { return k / 4; }
 
-NANOCHAT_INLINE V::F exp_of(V::F x) {  // Cephes' expf: 2^n · e^r with |r| ≤ ln2/2, about 1 ulp
-  x = V::min(V::max(x, V::set(-87.0f)), V::set(88.0f));
+NANOCHAT_INLINE V::F exp_of(V::F x) {                    // Cephes' expf: 2^n · e^r with |r| ≤ ln2/2, about 1 ulp
+  x = V::min(V::set(88.0f), V::max(V::set(-87.0f), x));  // in this order NaN stays NaN: a broken loss must show
   const V::F n = V::round(V::mul(x, V::set(1.44269504088896341f)));
   V::F r = V::fma(n, V::set(-0.693359375f), x);
   r = V::fma(n, V::set(2.12194440e-4f), r);

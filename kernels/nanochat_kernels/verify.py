@@ -131,7 +131,8 @@ def check(op: Op, backend: str, case: Case, device: torch.device, dtype: torch.d
 def evaluate(
     op: Op, function: Callable, bound: inspect.BoundArguments, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Call on private copies of the arguments, floats cast to `dtype` if given; results and gradients by name."""
+    """Call on private copies of the arguments, floats cast to `dtype` if given; results and gradients by name, and the
+    results of a second call without gradients, where backends may take another path."""
     arguments = {name: _copied(value, dtype) for name, value in bound.arguments.items()}
     leaves = {}
     for name in op.differentiable:
@@ -151,6 +152,10 @@ def evaluate(
         gradients = torch.autograd.grad(used, list(leaves.values()), weights, allow_unused=True)
         for (name, leaf), gradient in zip(leaves.items(), gradients):
             results[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+        with torch.no_grad():
+            call = inspect.BoundArguments(bound.signature, {n: _copied(v, dtype) for n, v in bound.arguments.items()})
+            again = _listed(function(*call.args, **call.kwargs))
+        results |= {f"result {i} without gradients": x for i, x in enumerate(again)}
     return results
 
 

@@ -45,6 +45,17 @@ def test_loss_and_gradient_equal_float64(level, dtype, softcap, vocabulary, monk
         assert torch.equal(only, nll)
 
 
+@each_level
+@pytest.mark.parametrize("at", (0, 36, 37, 599))
+def test_a_logit_that_is_not_a_number_shows_in_its_row_alone(level, at, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_SIMD", level)
+    panel, targets = panel_of(3, 603, 1.0, torch.float32)
+    panel[1, at], nll = torch.nan, torch.empty(3)
+    softmax_and_gradient(panel, targets, nll, 15.0, True)
+    assert nll.isnan().tolist() == [False, True, False]
+    assert panel[1].isnan().all() and panel[[0, 2]].isfinite().all()
+
+
 @pytest.mark.skipif(not LEVELS, reason="the C++ extension is not built")
 def test_wrong_calls_are_refused():
     panel, targets = panel_of(4, 10, 1.0, torch.float32)
